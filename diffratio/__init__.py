@@ -1,0 +1,70 @@
+"""diffratio: pretrained diffusion transformers made cheaper, and compared fairly."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffratio.errors import BudgetUnreachable, DiffratioError
+
+__version__ = "0.1.0"
+
+# public name -> module; imported when first used, so that `import diffratio` stays cheap
+_LAZY = {
+    "Dense": "diffratio.methods.dense",
+    "DiffCR": "diffratio.methods.diffcr",
+    "FewerSteps": "diffratio.methods.fewer_steps",
+    "Hand": "diffratio.methods.hand",
+    "MoD": "diffratio.methods.mod",
+    "ToMe": "diffratio.methods.tome",
+    "SamplingRun": "diffratio.cost.run",
+    "KeepSchedule": "diffratio.routing.schedule",
+    "TokenGrid": "diffratio.tokens.grid",
+    "apply_": "diffratio.surgery",
+    "remove_": "diffratio.surgery",
+    "attach_": "diffratio.surgery",
+    "detach_": "diffratio.surgery",
+    "compile_": "diffratio.surgery",
+    "summary": "diffratio.surgery",
+    "macs": "diffratio.surgery",
+    "for_budget": "diffratio.surgery",
+    "load_transformer": "diffratio.checkpoint",
+    "load_pipeline": "diffratio.checkpoint",
+    "export": "diffratio.checkpoint",
+}
+
+if TYPE_CHECKING:
+    from diffratio.checkpoint import export as export
+    from diffratio.checkpoint import load_pipeline as load_pipeline
+    from diffratio.checkpoint import load_transformer as load_transformer
+    from diffratio.cost.run import SamplingRun as SamplingRun
+    from diffratio.methods.dense import Dense as Dense
+    from diffratio.methods.diffcr import DiffCR as DiffCR
+    from diffratio.methods.fewer_steps import FewerSteps as FewerSteps
+    from diffratio.methods.hand import Hand as Hand
+    from diffratio.methods.mod import MoD as MoD
+    from diffratio.methods.tome import ToMe as ToMe
+    from diffratio.routing.schedule import KeepSchedule as KeepSchedule
+    from diffratio.surgery import apply_ as apply_
+    from diffratio.surgery import attach_ as attach_
+    from diffratio.surgery import compile_ as compile_
+    from diffratio.surgery import detach_ as detach_
+    from diffratio.surgery import for_budget as for_budget
+    from diffratio.surgery import macs as macs
+    from diffratio.surgery import remove_ as remove_
+    from diffratio.surgery import summary as summary
+    from diffratio.tokens.grid import TokenGrid as TokenGrid
+
+__all__ = ["BudgetUnreachable", "DiffratioError", "__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in ("backbones", "methods", "cost", "tokens", "routing", "sampling", "evaluation"):
+        return importlib.import_module(f"diffratio.{name}")
+    raise AttributeError(f"module 'diffratio' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
