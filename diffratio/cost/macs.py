@@ -1,0 +1,209 @@
+"""Analytic multiply-accumulates of a transformer, its blocks and a whole run: the reference for every budget.
+
+Everything is per sample. Formulas: METHODS of the README's accounting section; the tests compare them with a counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from diffratio.cost.run import SamplingRun
+
+BINS = range(11)
+
+
+def tokens_of_bin(bin_: int, tokens: int, alignment: int = 1) -> int:
+    """Computed tokens k of N in bin j: ceil(j N / 10) in integers, rounded up to the alignment, at most N."""
+    kept = (bin_ * tokens + 9) // 10
+    return min(tokens, -(-kept // alignment) * alignment)
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """MACs of one site: q per_query + k per_key + q k per_pair, for q queries and k keys.
+
+    Args:
+        name: `self_attention`, `cross_attention`, `feed_forward`.
+        per_query: MACs a query token.
+        per_key: MACs a key token (0 for feed_forward).
+        per_pair: MACs a query-key pair.
+        keys: whose tokens the keys are; `joint` sites have the text tokens as queries and as keys too.
+    """
+
+    name: str
+    per_query: int
+    per_key: int = 0
+    per_pair: int = 0
+    keys: Literal["image", "text", "joint"] = "image"
+
+    def macs(self, queries: int, keys: int, text: int, linear_only: bool = False) -> int:
+        """MACs at the given numbers of image queries and image keys."""
+        if self.keys == "text":
+            keys = text
+        elif self.keys == "joint":
+            queries, keys = queries + text, keys + text
+        pair = 0 if linear_only else self.per_pair
+        return queries * self.per_query + keys * self.per_key + queries * keys * pair
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block: its sites, and what it computes once per sample (modulation, timestep embedder)."""
+
+    sites: tuple[SiteCost, ...]
+    fixed: int = 0
+
+    def macs(self, kept: int, text: int = 0, linear_only: bool = False) -> int:
+        """MACs with `kept` image tokens everywhere; 0 tokens means that the block is bypassed and costs nothing."""
+        if kept == 0:
+            return 0
+        return self.fixed + sum(site.macs(kept, kept, text, linear_only) for site in self.sites)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A transformer, as costs see it.
+
+    Args:
+        family: backbone name.
+        width: channels d of an image token.
+        blocks: the blocks in order.
+        per_token: MACs an image token outside the blocks (patch embedding, output projection).
+        fixed: MACs a sample outside the blocks.
+    """
+
+    family: str
+    width: int
+    blocks: tuple[BlockCost, ...]
+    per_token: int
+    fixed: int
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks L."""
+        return len(self.blocks)
+
+    def outer(self, tokens: int) -> int:
+        """MACs of one forward outside the blocks."""
+        return self.fixed + tokens * self.per_token
+
+    def dense(self, run: SamplingRun, linear_only: bool = False) -> int:
+        """MACs of the whole run with every token computed everywhere, all guidance halves."""
+        tokens = run.grid.tokens
+        blocks = sum(block.macs(tokens, run.text_tokens, linear_only) for block in self.blocks)
+        return run.steps * run.halves * (self.outer(tokens) + blocks)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs on a run.
+
+    Args:
+        total: MACs of the whole run and all guidance halves, per sample.
+        dense: the same for the dense model on the run that the budget refers to.
+        per_block: MACs of each block over the run.
+        planning: the part of `total` that routers, matching and scores take.
+    """
+
+    total: int
+    dense: int
+    per_block: tuple[int, ...]
+    planning: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the dense run's MACs."""
+        return self.total / self.dense
+
+
+@dataclass(frozen=True)
+class BlockUse:
+    """How one block is used in one step.
+
+    Args:
+        tokens: image queries and image keys by site; None computes all of them; an empty use bypasses the block.
+        planning: MACs of planning in this block.
+        bypassed: the block is not run.
+    """
+
+    tokens: dict[str, tuple[int, int]] | None = None
+    planning: int = 0
+    bypassed: bool = False
+
+
+def run_cost(
+    description: Description,
+    run: SamplingRun,
+    use: Callable[[int, int], BlockUse],
+    reference: SamplingRun | None = None,
+    linear_only: bool = False,
+) -> Cost:
+    """Adds up a run.
+
+    Args:
+        description: the transformer.
+        run: the run that is evaluated.
+        use: (layer, step) -> how that block is used in that step.
+        reference: the run whose dense cost is the denominator (default: `run`).
+        linear_only: count Linear layers only, as most papers do.
+    """
+    tokens, text = run.grid.tokens, run.text_tokens
+    per_block, planning = [0] * description.layers, 0
+    for layer, block in enumerate(description.blocks):
+        for step in range(run.steps):
+            one = use(layer, step)
+            planning += run.halves * one.planning
+            per_block[layer] += run.halves * one.planning
+            if one.bypassed:
+                continue
+            counts = one.tokens or {}
+            macs = block.fixed
+            for site in block.sites:
+                queries, keys = counts.get(site.name, (tokens, tokens))
+                macs += site.macs(queries, keys, text, linear_only)
+            per_block[layer] += run.halves * macs
+    total = sum(per_block) + run.steps * run.halves * description.outer(tokens)
+    return Cost(total, description.dense(reference or run, linear_only), tuple(per_block), planning)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Cost of each block by bin, in any unit (MACs, or measured milliseconds), for one run.
+
+    Args:
+        cells: cost of one forward of a block at each bin, [layer][bin 0..10].
+        outer: cost of one forward outside the blocks (and of whatever a method always adds).
+        dense: cost of the dense forward, the denominator.
+        run: the run that spreads steps over regions.
+    """
+
+    cells: tuple[tuple[float, ...], ...]
+    outer: float
+    dense: float
+    run: SamplingRun
+
+    def fraction(self, bins: Sequence[Sequence[int]]) -> float:
+        """Fraction of the dense run of a table bins[layer][region]."""
+        counts = self.run.region_counts(len(bins[0]))
+        blocks = sum(
+            count * row[bin_]
+            for row, layer in zip(self.cells, bins, strict=True)
+            for count, bin_ in zip(counts, layer, strict=True)
+        )
+        return (blocks + self.run.steps * self.outer) / (self.run.steps * self.dense)
+
+
+def macs_table(description: Description, run: SamplingRun, alignment: int = 1, router: bool = True) -> CostTable:
+    """The cost table in MACs: a routed block of k < N tokens also pays its router, N d."""
+    tokens, text = run.grid.tokens, run.text_tokens
+
+    def cell(block: BlockCost, bin_: int) -> float:
+        kept = tokens_of_bin(bin_, tokens, alignment)
+        ranking = tokens * description.width if router and 0 < kept < tokens else 0
+        return float(block.macs(kept, text) + ranking)
+
+    cells = tuple(tuple(cell(block, bin_) for bin_ in BINS) for block in description.blocks)
+    outer = float(description.outer(tokens))
+    return CostTable(cells, outer, outer + sum(row[-1] for row in cells), run)

@@ -1,0 +1,132 @@
+"""What is sampled: the run that costs and budgets refer to, and where in it a forward stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from diffratio.errors import DiffratioError
+from diffratio.tokens.grid import TokenGrid
+
+Guidance = Literal["none", "cfg"]
+Halves = Literal["one", "cond_first", "uncond_first"]
+
+
+@dataclass(frozen=True)
+class SamplingRun:
+    """One sampling run, as costs see it.
+
+    Args:
+        noise_levels: noise level u in [0, 1] of every evaluated step, in the order of evaluation (noisiest first).
+        grid: token grid of one sample.
+        guidance: `cfg` evaluates the conditional and the unconditional half, `none` only one.
+        text_tokens: text tokens of one sample (0 for class-conditional models).
+        batch: samples generated together (costs are per sample; latency is not).
+    """
+
+    noise_levels: tuple[float, ...]
+    grid: TokenGrid
+    guidance: Guidance = "cfg"
+    text_tokens: int = 0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_levels", tuple(float(u) for u in self.noise_levels))
+        if not self.noise_levels:
+            raise DiffratioError("a sampling run needs at least one step")
+        if any(not 0.0 <= u <= 1.0 for u in self.noise_levels):
+            raise DiffratioError(f"noise levels must lie in [0, 1], got {self.noise_levels}")
+        if self.guidance not in ("none", "cfg"):
+            raise DiffratioError(f"guidance must be 'none' or 'cfg', got {self.guidance!r}")
+        if type(self.text_tokens) is not int or self.text_tokens < 0:
+            raise DiffratioError(f"text tokens of a run must be an integer of at least 0, got {self.text_tokens!r}")
+        if type(self.batch) is not int or self.batch < 1:
+            raise DiffratioError(f"batch of a run must be an integer of at least 1, got {self.batch!r}")
+
+    @property
+    def steps(self) -> int:
+        """Number of evaluated steps."""
+        return len(self.noise_levels)
+
+    @property
+    def halves(self) -> int:
+        """Forwards per step and sample."""
+        return 2 if self.guidance == "cfg" else 1
+
+    def region_counts(self, regions: int) -> tuple[int, ...]:
+        """How many steps fall into each of R regions, cleanest first."""
+        counts = [0] * regions
+        for u in self.noise_levels:
+            counts[region_of(u, regions)] += 1
+        return tuple(counts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` is its inverse."""
+        return {
+            "noise_levels": list(self.noise_levels),
+            "grid": [self.grid.height, self.grid.width],
+            "guidance": self.guidance,
+            "text_tokens": self.text_tokens,
+            "batch": self.batch,
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> SamplingRun:
+        """Raises DiffratioError where the document is not a run."""
+        try:
+            height, width = document["grid"]
+            return cls(
+                noise_levels=tuple(float(u) for u in document["noise_levels"]),
+                grid=TokenGrid(height, width),
+                guidance=document["guidance"],
+                text_tokens=document["text_tokens"],
+                batch=document["batch"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DiffratioError):
+                raise
+            raise DiffratioError(f"not a sampling run: {type(error).__name__} {error}") from None
+
+
+def region_of(noise_level: float, regions: int) -> int:
+    """Region of a noise level u: min(R - 1, floor(R u)); region 0 is the cleanest. Nudged by 1e-6 / R (float noise)."""
+    return min(regions - 1, int(regions * noise_level + 1e-6))
+
+
+def regions_of(noise_levels: Tensor, regions: int) -> Tensor:
+    """`region_of` for a tensor of noise levels (B,) -> (B,) int64."""
+    return (noise_levels.double() * regions + 1e-6).floor().long().clamp_(0, regions - 1)
+
+
+def uniform_run(steps: int, grid: TokenGrid, guidance: Guidance = "cfg", text_tokens: int = 0) -> SamplingRun:
+    """The run of uniformly spaced levels 1, 1 - 1/S, ..., 1/S (flow-matching Euler with shift 1)."""
+    if steps < 1:
+        raise DiffratioError(f"steps must be at least 1, got {steps}")
+    return SamplingRun(tuple((steps - i) / steps for i in range(steps)), grid, guidance, text_tokens)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where one transformer forward stands.
+
+    Args:
+        step: index of the sampling step, or None outside an open run.
+        noise_level: its noise level as a Python number, or None while training.
+        noise_levels: per-sample noise levels (B,) while training, or outside an open run.
+        run: the open run, or None.
+        grid: token grid of this forward.
+        halves: which guidance halves the batch holds.
+        training: whether the transformer is in training mode.
+        seed: seed of the run; a method's draws depend on (seed, step, sample) alone.
+    """
+
+    step: int | None
+    noise_level: float | None
+    noise_levels: Tensor | None
+    run: SamplingRun | None
+    grid: TokenGrid
+    halves: Halves = "one"
+    training: bool = False
+    seed: int = field(default=0)

@@ -1,0 +1,58 @@
+"""The token router: one logit a token, a ranking, and a gate that is exact in value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenRouter(nn.Module):
+    """One linear map d -> 1 on the raw block input, always in fp32 (or fp64).
+
+    Args:
+        width: channels d of an image token.
+
+    Source: arXiv 2412.16822, section 3 (token-level routing).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.zeros(1))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> logits (B, N). In half precision ties would make the ranking arbitrary.
+
+        The input is detached: the gate has no influence on the value, so through it only the router itself may learn.
+        Otherwise weights and ratios of earlier blocks would get a gradient that no change of the loss stands for.
+        """
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            return x.detach().to(exact) @ self.weight.to(exact) + self.bias.to(exact)
+
+
+def ranking(logits: Tensor) -> Tensor:
+    """(B, N) -> token indices from best to worst. A stable sort, so the first k are nested in the first k + 1."""
+    return logits.detach().argsort(dim=1, descending=True, stable=True)
+
+
+def best(ranked: Tensor, kept: int) -> Tensor:
+    """The k best of a ranking (B, N) in raster order, (B, k)."""
+    return ranked[:, :kept].sort(dim=1).values
+
+
+def straight_through(x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+    """Gives the router gradient without changing the value.
+
+    Args:
+        x: block input of the computed tokens (B, K, C).
+        y: block output of the same tokens (B, K, C).
+        logits: their logits (B, K).
+
+    Returns:
+        y, bit for bit; its derivative is that of x + g (y - x) at g = 1, with dg = d sigmoid(logits).
+    """
+    gate = torch.sigmoid(logits)
+    weight = 1 + (gate - gate.detach())  # (1 + g) - g would not be 1 in floating point
+    return torch.lerp(x.to(y.dtype), y, weight[..., None].to(y.dtype))

@@ -1,0 +1,168 @@
+"""Keep schedules: the frozen integer table that inference runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffratio.cost.macs import BINS, CostTable, tokens_of_bin
+from diffratio.cost.run import SamplingRun
+from diffratio.errors import BudgetUnreachable, DiffratioError
+
+Table = tuple[tuple[int, ...], ...]
+SLACK = 0.01  # a budget is met within [budget - SLACK, budget]
+_MAX_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class KeepSchedule:
+    """bins[layer][region] with the run its budget was solved for.
+
+    Args:
+        bins: keep ratio of each cell in tenths, 0..10; 10 is dense, 0 bypasses the block.
+        run: the run whose steps the budget counts.
+        budget: fraction of the run's dense MACs that was asked for.
+        alignment: computed tokens are rounded up to a multiple of this.
+    """
+
+    bins: Table
+    run: SamplingRun
+    budget: float = 1.0
+    alignment: int = 1
+
+    def __post_init__(self) -> None:
+        bins = tuple(tuple(row) for row in self.bins)
+        object.__setattr__(self, "bins", bins)
+        layers, regions = len(bins), len(bins[0]) if bins else 0
+        if not 1 <= layers <= _MAX_SIDE or not 1 <= regions <= _MAX_SIDE or any(len(row) != regions for row in bins):
+            raise DiffratioError(
+                f"keep schedule: bins must be a table of 1..{_MAX_SIDE} layers x 1..{_MAX_SIDE} regions of equal length"
+            )
+        for layer, row in enumerate(bins):
+            for region, bin_ in enumerate(row):
+                if type(bin_) is not int or bin_ not in BINS:
+                    raise DiffratioError(
+                        f"keep schedule: bins[{layer}][{region}] is {bin_!r}; allowed are the integers 0..10"
+                    )
+        if not 0 < self.budget <= 1:
+            raise DiffratioError(f"keep schedule: budget {self.budget!r} is outside (0, 1]")
+        if type(self.alignment) is not int or not 1 <= self.alignment <= 4096:
+            raise DiffratioError(f"keep schedule: alignment {self.alignment!r} must be an integer in 1..4096")
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks L."""
+        return len(self.bins)
+
+    @property
+    def regions(self) -> int:
+        """Number of regions R."""
+        return len(self.bins[0])
+
+    def kept(self, layer: int, region: int, tokens: int) -> int:
+        """Computed tokens k of N in a cell."""
+        return tokens_of_bin(self.bins[layer][region], tokens, self.alignment)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` is its inverse."""
+        return {
+            "bins": [list(row) for row in self.bins],
+            "run": self.run.to_json(),
+            "budget": self.budget,
+            "alignment": self.alignment,
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> KeepSchedule:
+        """Raises DiffratioError where the document is not a schedule."""
+        try:
+            rows = tuple(tuple(row) for row in document["bins"])
+            run = SamplingRun.from_json(document["run"])
+            return cls(rows, run, float(document["budget"]), document["alignment"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DiffratioError):
+                raise
+            raise DiffratioError(f"not a keep schedule: {type(error).__name__} {error}") from None
+
+
+def constant_table(layers: int, regions: int, bin_: int = 10) -> Table:
+    """The same bin everywhere."""
+    return tuple((bin_,) * regions for _ in range(layers))
+
+
+def moved(table: Table, cell: tuple[int, int], step: int) -> Table:
+    """The table with one cell moved by `step` bins."""
+    return tuple(
+        tuple(bin_ + step if (layer, region) == cell else bin_ for region, bin_ in enumerate(row))
+        for layer, row in enumerate(table)
+    )
+
+
+def first_within(path: Sequence[Table], costs: CostTable, budget: float, method: str) -> Table:
+    """The dearest table of a path of falling cost that costs within [budget - 0.01, budget].
+
+    Raises:
+        BudgetUnreachable: no table of the path does.
+    """
+    for table in path:
+        fraction = costs.fraction(table)
+        if fraction <= budget:
+            if fraction >= budget - SLACK:
+                return table
+            break
+    fractions = [costs.fraction(table) for table in path]
+    raise BudgetUnreachable(method, budget, (min(fractions), max(fractions)))
+
+
+def round_to_budget(
+    ratios: Sequence[Sequence[float]],
+    costs: CostTable,
+    budget: float,
+    harm: Sequence[Sequence[float]] | None = None,
+) -> Table:
+    """Rounds ratios [layer][region] to bins that cost within [budget - 0.01, budget].
+
+    From the nearest bins, cells move one bin at a time, each time the one of least predicted harm for its MACs: down
+    until the budget holds, then up wherever a whole step still fits.
+
+    Args:
+        ratios: keep ratios in [0.1, 1].
+        costs: cost table of the run.
+        budget: fraction of the dense run.
+        harm: predicted rise of the loss for a unit decrease of each ratio (minus the loss gradient); None takes the
+            distance from the unrounded ratio instead.
+
+    Raises:
+        BudgetUnreachable: no table of bins 1..10 costs that little.
+    """
+    layers, regions = len(ratios), len(ratios[0])
+    lowest = costs.fraction(constant_table(layers, regions, 1))
+    if budget < lowest:
+        raise BudgetUnreachable("rounding", budget, (lowest, 1.0))
+    table = tuple(tuple(min(10, max(1, round(10 * r))) for r in row) for row in ratios)
+    cells = [(layer, region) for layer in range(layers) for region in range(regions)]
+    counts = costs.run.region_counts(regions)
+
+    def predicted(cell: tuple[int, int], bin_: int, step: int) -> float:
+        """Predicted rise of the loss for moving a cell from `bin_` by `step`, per MAC of the change."""
+        layer, region = cell
+        change = abs(costs.cells[layer][bin_] - costs.cells[layer][bin_ + step]) * counts[region]
+        distance = abs(bin_ + step - 10 * ratios[layer][region]) - abs(bin_ - 10 * ratios[layer][region])
+        slope = max(harm[layer][region], 0.0) if harm is not None else 1.0
+        return (slope * -step if harm is not None else distance) / max(change, 1e-12) + 1e-12 * distance
+
+    while costs.fraction(table) > budget:
+        movable = [c for c in cells if table[c[0]][c[1]] > 1 and counts[c[1]] > 0]
+        table = moved(table, min(movable, key=lambda c: predicted(c, table[c[0]][c[1]], -1)), -1)
+    while True:
+        fitting = []
+        for layer, region in cells:
+            bin_ = table[layer][region]
+            if bin_ < 10 and counts[region] > 0:
+                raised = moved(table, (layer, region), +1)
+                if costs.fraction(raised) <= budget:
+                    fitting.append((predicted((layer, region), bin_, +1), raised))
+        if not fitting or costs.fraction(table) >= budget - SLACK / 4:
+            return table
+        table = min(fitting, key=lambda pair: pair[0])[1]

@@ -1,0 +1,110 @@
+"""Plans: which tokens one place of one block computes, and how a full-length result is restored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Plan(Protocol):
+    """What every plan can do. `kept` is a plain int, so shapes stay static."""
+
+    @property
+    def kept(self) -> int:
+        """Number of tokens K that are computed."""
+        ...
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, K, C)."""
+        ...
+
+    def restore(self, y: Tensor, x: Tensor) -> Tensor:
+        """Computed tokens (B, K, C) and the full-length input x (B, N, C) -> full-length result (B, N, C)."""
+        ...
+
+    def take(self, argument: Tensor) -> Tensor:
+        """Slices another per-token argument (B or 1, N, ...) to the computed tokens."""
+        ...
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of x (B, N, ...) at index (B, K), or (1, K) for one index shared by the batch -> (B, K, ...)."""
+    if index.shape[0] == 1:
+        return x.index_select(1, index[0])
+    tail = x.shape[2:]
+    x = x.expand(index.shape[0], *x.shape[1:])
+    return x.gather(1, index.view(*index.shape, *(1,) * len(tail)).expand(*index.shape, *tail))
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """A subset of the tokens is computed.
+
+    Args:
+        index: kept tokens in raster order, (B, K), or (1, K) when the batch shares them.
+        fill: for each of the N tokens the slot in 0..K-1 whose result it copies, (B or 1, N); None leaves the dropped
+            tokens as they were (bypass).
+    """
+
+    index: Tensor
+    fill: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        """Number of tokens K that are computed."""
+        return self.index.shape[1]
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, K, C)."""
+        return gather_tokens(x, self.index)
+
+    def take(self, argument: Tensor) -> Tensor:
+        """Slices a per-token argument by the same index."""
+        return gather_tokens(argument, self.index)
+
+    def restore(self, y: Tensor, x: Tensor) -> Tensor:
+        """One gather (fill), or one scatter onto the untouched input (bypass). The result has the dtype of `y`."""
+        if self.fill is not None:
+            return gather_tokens(y, self.fill)
+        index = self.index[..., None].expand(y.shape)  # scatter does not broadcast
+        return x.to(y.dtype).scatter(1, index, y)  # under autocast x and y may differ in dtype
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Groups of tokens are averaged, computed once, and copied back to every member.
+
+    Args:
+        index: one representative of each group in raster order, (B or 1, K); `take` uses it.
+        slots: group of each token, (B or 1, N), values in 0..K-1.
+    """
+
+    index: Tensor
+    slots: Tensor
+
+    @property
+    def kept(self) -> int:
+        """Number of groups K that are computed."""
+        return self.index.shape[1]
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, K, C): plain mean of each group, as a sort and a segmented sum (no atomics)."""
+        batch, tokens, channels = x.shape
+        slots = self.slots.expand(batch, tokens)
+        ordered, order = slots.sort(dim=1, stable=True)
+        ends = torch.searchsorted(ordered, torch.arange(self.kept, device=x.device).repeat(batch, 1), right=True)
+        lengths = torch.diff(ends, dim=1, prepend=ends.new_zeros(batch, 1))  # (B, K)
+        rows = gather_tokens(x, order).reshape(batch * tokens, channels)
+        mean = torch.segment_reduce(rows, "mean", lengths=lengths.reshape(-1), axis=0, unsafe=True)
+        return mean.view(batch, self.kept, channels)
+
+    def take(self, argument: Tensor) -> Tensor:
+        """The representative's entry of a per-token argument."""
+        return gather_tokens(argument, self.index)
+
+    def restore(self, y: Tensor, x: Tensor) -> Tensor:
+        """One gather: every member copies its group's result."""
+        return gather_tokens(y, self.slots.expand(y.shape[0], -1))
