@@ -1,0 +1,5 @@
+"""What a transformer family is; one file a family."""
+
+from diffratio.backbones.base import Backbone, backbone_of, backbones, get_backbone
+
+__all__ = ["Backbone", "backbone_of", "backbones", "get_backbone"]

@@ -1,0 +1,143 @@
+"""The backbone contract and its registry."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from diffratio.catalog import FAMILIES as _FAMILIES
+from diffratio.cost.macs import Description
+from diffratio.cost.run import Guidance, SamplingRun
+from diffratio.errors import DiffratioError, unknown
+from diffratio.tokens.grid import TokenGrid
+
+_REGISTERED: dict[str, Backbone] = {}
+B = TypeVar("B", bound="type[Backbone]")
+
+
+class Backbone(ABC):
+    """Everything that the rest of the package knows about a transformer family.
+
+    Attributes:
+        name: registered name.
+        hidden: name of the block argument that carries the image tokens.
+        per_token: names of block arguments with one entry an image token.
+        per_sample: names of block arguments with one entry a sample.
+        sites: site name -> attribute path of the submodule inside a block.
+    """
+
+    name: ClassVar[str]
+    hidden: ClassVar[str] = "hidden_states"
+    per_token: ClassVar[tuple[str, ...]] = ()
+    per_sample: ClassVar[tuple[str, ...]] = ()
+    sites: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def matches(self, transformer: nn.Module) -> bool:
+        """Whether the transformer belongs to this family."""
+
+    @abstractmethod
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """The blocks in order."""
+
+    @abstractmethod
+    def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
+        """Token grid of a sample (B, C, H, W), or of the configured size."""
+
+    @abstractmethod
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """The family's timestep input -> noise level u in [0, 1], same shape."""
+
+    @abstractmethod
+    def timestep(self, noise_level: Tensor) -> Tensor:
+        """Inverse of `noise_level`."""
+
+    @abstractmethod
+    def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
+        """Prediction (B, C, H, W) -> (B, N, c) by token, without learned variance."""
+
+    @abstractmethod
+    def describe(self, transformer: nn.Module) -> Description:
+        """Analytic costs of everything that the forward computes."""
+
+    @abstractmethod
+    def tiny(self, **changes: Any) -> nn.Module:
+        """A small random transformer of this family, for tests; a few keyword changes of its configuration."""
+
+    @abstractmethod
+    def load(self, source: str, **options: Any) -> nn.Module:
+        """From a local folder in diffusers layout (also a pipeline folder) or a hub id."""
+
+    @abstractmethod
+    def from_config(self, config: Mapping[str, Any]) -> nn.Module:
+        """A randomly initialised transformer of a diffusers configuration."""
+
+    def prepare_(self, transformer: nn.Module) -> dict[str, Any]:
+        """Switches off what would disturb training; returns what `undo_` needs to restore it."""
+        return {}
+
+    def undo_(self, transformer: nn.Module, prepared: dict[str, Any]) -> None:  # noqa: B027 (nothing to undo)
+        """Restores what `prepare_` changed."""
+
+    def null_label(self, transformer: nn.Module) -> int | None:
+        """Class label that means "no condition", where the family is class-conditional."""
+        return None
+
+    def default_run(self, transformer: nn.Module, steps: int, guidance: Guidance = "cfg") -> SamplingRun:
+        """The run that `steps=` stands for: levels 1, 1 - 1/S, ..., 1/S on the configured grid."""
+        from diffratio.cost.run import uniform_run
+
+        return uniform_run(steps, self.grid(transformer), guidance)
+
+
+def register(backbone: B) -> B:
+    """Class decorator: makes a family known under its name."""
+    _REGISTERED[backbone.name] = backbone()
+    return backbone
+
+
+def backbones() -> dict[str, str]:
+    """Registered names with one line each; imports nothing heavy."""
+    return {name: line for name, (_, _, line) in _FAMILIES.items()}
+
+
+def get_backbone(name: str) -> Backbone:
+    """The family of that name.
+
+    Raises:
+        DiffratioError: there is none; the nearest names are given.
+    """
+    if name not in _FAMILIES:
+        raise unknown("backbone", name, _FAMILIES)
+    importlib.import_module(_FAMILIES[name][0])
+    return _REGISTERED[name]
+
+
+def backbone_of_class(class_name: str) -> Backbone:
+    """The family whose diffusers transformer class has that name."""
+    for name, (_, known, _) in _FAMILIES.items():
+        if known == class_name:
+            return get_backbone(name)
+    raise unknown("transformer class", class_name, [known for _, known, _ in _FAMILIES.values()])
+
+
+def backbone_of(transformer: nn.Module) -> Backbone:
+    """The family a transformer belongs to.
+
+    Raises:
+        DiffratioError: none matches; names the module class and its children.
+    """
+    for name in _FAMILIES:
+        backbone = get_backbone(name)
+        if backbone.matches(transformer):
+            return backbone
+    children = ", ".join(sorted({type(child).__name__ for child in transformer.children()})) or "no submodules"
+    raise DiffratioError(
+        f"no backbone matches {type(transformer).__name__} (holding {children}); "
+        f"known transformers are {', '.join(known for _, known, _ in _FAMILIES.values())}; "
+        "give the pipeline's transformer itself, not the pipeline or a wrapper"
+    )

@@ -1,0 +1,139 @@
+"""DiT (arXiv 2212.09748) as diffusers' `DiTTransformer2DModel`: pixels or latents, with or without learned variance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+from diffratio.backbones.base import Backbone, register
+from diffratio.cost.macs import BlockCost, Description, SiteCost
+from diffratio.errors import DiffratioError
+from diffratio.tokens.grid import TokenGrid
+
+_TIMESTEPS = 1000  # the timestep input runs over 0..1000 in diffusers' DiT, whatever the objective
+_FREQUENCIES = 256  # sinusoidal channels that enter each timestep embedder
+
+
+@register
+class DiT(Backbone):
+    """One stream of image tokens; every block has its own timestep and label embedder."""
+
+    name = "dit"
+    per_sample = ("timestep", "class_labels")
+    sites = {"self_attention": "attn1", "feed_forward": "ff"}
+
+    def matches(self, transformer: nn.Module) -> bool:
+        """Whether it is diffusers' class, converted in place or not."""
+        return isinstance(transformer, DiTTransformer2DModel)
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """`transformer_blocks`."""
+        blocks = transformer.transformer_blocks
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
+        """Raises DiffratioError where the sample is not a square of whole patches, which diffusers' DiT needs."""
+        config: Any = transformer.config
+        patch = config.patch_size
+        height, width = (config.sample_size,) * 2 if sample is None else sample.shape[-2:]
+        if height % patch or width % patch or height != width:
+            raise DiffratioError(
+                f"a {height}x{width} sample does not fit this DiT: it takes square samples of whole {patch}x{patch} "
+                f"patches (configured size {config.sample_size}); resize or pad the data (data.image_size)"
+            )
+        return TokenGrid(height // patch, width // patch)
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """u = t / 1000."""
+        return timestep.float() / _TIMESTEPS
+
+    def timestep(self, noise_level: Tensor) -> Tensor:
+        """t = 1000 u, a float."""
+        return noise_level * _TIMESTEPS
+
+    def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, in_channels * patch^2)."""
+        config: Any = transformer.config
+        patch, channels = config.patch_size, config.in_channels
+        patches = nn.functional.unfold(output[:, :channels], patch, stride=patch)  # (B, c, N)
+        return patches.transpose(1, 2)
+
+    def null_label(self, transformer: nn.Module) -> int:
+        """The extra row of the label table."""
+        config: Any = transformer.config
+        return int(config.num_embeds_ada_norm)
+
+    def describe(self, transformer: nn.Module) -> Description:
+        """Self-attention 4 N d^2 + 2 N^2 d, MLP 2 m N d^2, modulation 6 d^2, timestep embedder 256 d + d^2 a block."""
+        config: Any = transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        first: Any = self.blocks(transformer)[0]
+        hidden = first.ff.net[-1].in_features
+        patch_pixels = config.patch_size**2
+        embedder = _FREQUENCIES * width + width**2
+        block = BlockCost(
+            sites=(
+                SiteCost("self_attention", per_query=2 * width**2, per_key=2 * width**2, per_pair=2 * width),
+                SiteCost("feed_forward", per_query=2 * width * hidden),
+            ),
+            fixed=6 * width**2 + embedder,
+        )
+        return Description(
+            family=self.name,
+            width=width,
+            blocks=(block,) * config.num_layers,
+            per_token=patch_pixels * width * (config.in_channels + transformer.out_channels),
+            fixed=embedder + 2 * width**2,  # block 0's embedder runs once more for the output modulation
+        )
+
+    def tiny(self, **changes: Any) -> nn.Module:
+        """Two heads of 8 channels, three blocks, a 4x4 grid."""
+        sizes: dict[str, Any] = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "num_layers": 3,
+            "sample_size": 8,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 10,
+        }
+        transformer: Any = DiTTransformer2DModel(**(sizes | changes))
+        # diffusers' default initialisation makes the modulation tiny; tests need blocks that visibly change tokens
+        for block in self.blocks(transformer):
+            nn.init.normal_(block.norm1.linear.weight, std=0.3)  # type: ignore[union-attr,arg-type]
+            nn.init.normal_(block.norm1.linear.bias, std=0.3)  # type: ignore[union-attr,arg-type]
+        return transformer
+
+    def load(self, source: str, **options: Any) -> nn.Module:
+        """A transformer folder, a pipeline folder with `transformer/`, or a hub id such as facebook/DiT-XL-2-256."""
+        folder = Path(source)
+        if folder.is_dir():
+            if not (folder / "config.json").is_file() and (folder / "transformer").is_dir():
+                options["subfolder"] = "transformer"
+            return DiTTransformer2DModel.from_pretrained(folder, local_files_only=True, **options)
+        return DiTTransformer2DModel.from_pretrained(source, subfolder="transformer", **options)
+
+    def from_config(self, config: Mapping[str, Any]) -> nn.Module:
+        """Random weights."""
+        transformer: Any = DiTTransformer2DModel.from_config(dict(config))
+        return transformer
+
+    def prepare_(self, transformer: nn.Module) -> dict[str, Any]:
+        """Sets the label dropout to 0: diffusers drops labels in train mode independently in every block."""
+        rates = []
+        for block in self.blocks(transformer):
+            embedder: Any = block.norm1.emb.class_embedder  # type: ignore[union-attr]
+            rates.append(embedder.dropout_prob)
+            embedder.dropout_prob = 0.0
+        return {"label_dropout": rates}
+
+    def undo_(self, transformer: nn.Module, prepared: dict[str, Any]) -> None:
+        """Puts the label dropout back."""
+        for block, rate in zip(self.blocks(transformer), prepared["label_dropout"], strict=True):
+            block.norm1.emb.class_embedder.dropout_prob = rate  # type: ignore[union-attr]

@@ -1,0 +1,18 @@
+"""Names of the methods and backbones with one line each; imports nothing, so that listing them costs nothing."""
+
+from __future__ import annotations
+
+# name -> (module, one line); modules are imported when a method is used
+METHODS: dict[str, tuple[str, str]] = {
+    "dense": ("diffratio.methods.dense", "every token in every block: the control that does nothing"),
+    "diffcr": ("diffratio.methods.diffcr", "learned routers and differentiable keep ratios, layer x region"),
+    "fewer_steps": ("diffratio.methods.fewer_steps", "the dense model at the step count that costs the budget"),
+    "hand": ("diffratio.methods.hand", "routed; fewer tokens in middle blocks at noisy levels, by rule"),
+    "mod": ("diffratio.methods.mod", "routed; the same keep ratio everywhere (Mixture-of-Depths)"),
+    "tome": ("diffratio.methods.tome", "merges similar tokens around attention, training-free (ToMe)"),
+}
+
+# name -> (module, class of the transformer in diffusers, one line); importing diffusers waits until a family is used
+FAMILIES: dict[str, tuple[str, str, str]] = {
+    "dit": ("diffratio.backbones.dit", "DiTTransformer2DModel", "DiT: class-conditional, one stream, adaLN-Zero"),
+}

@@ -1,0 +1,245 @@
+"""The method contract and its registry: a frozen config and a class that decides the plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from diffratio.catalog import METHODS as _METHODS
+from diffratio.cost.macs import BlockUse, Cost, Description, run_cost
+from diffratio.cost.run import SamplingRun, StepContext
+from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
+from diffratio.routing.schedule import SLACK, KeepSchedule
+from diffratio.tokens.plan import Plan
+
+_REGISTERED: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of every method's config. Subclasses validate their fields on construction."""
+
+    @property
+    def method(self) -> type[Method]:
+        """The class that carries this config out."""
+        for name in _METHODS:
+            if get_method(name).config_class is type(self):
+                return get_method(name)
+        raise unknown("method config", type(self).__name__, _METHODS)
+
+    @property
+    def as_published(self) -> bool:
+        """False where sites or blocks were widened beyond the paper to meet a budget."""
+        return True
+
+
+@dataclass
+class BlockCall:
+    """One block, ready to be run on some of its tokens or samples.
+
+    Args:
+        inner: the block's own forward.
+        arguments: its arguments by name.
+        hidden: name of the image-token argument.
+        per_token: names of arguments with one entry an image token.
+        per_sample: names of arguments with one entry a sample.
+    """
+
+    inner: Callable[..., Tensor]
+    arguments: dict[str, Any]
+    hidden: str
+    per_token: tuple[str, ...]
+    per_sample: tuple[str, ...]
+
+    @property
+    def x(self) -> Tensor:
+        """Image tokens at full length (B, N, C)."""
+        x = self.arguments[self.hidden]
+        assert isinstance(x, Tensor)
+        return x
+
+    def __call__(self, plan: Plan | None = None) -> Tensor:
+        """Runs the block on the plan's tokens -> (B, K, C); without a plan on all of them."""
+        if plan is None:
+            return self.inner(**self.arguments)
+        arguments = dict(self.arguments)
+        arguments[self.hidden] = plan.reduce(self.x)
+        for name in self.per_token:
+            if isinstance(arguments.get(name), Tensor):
+                arguments[name] = plan.take(arguments[name])
+        return self.inner(**arguments)
+
+    def select(self, samples: Tensor) -> BlockCall:
+        """The same block for some of the samples, given by index (b,)."""
+        arguments, batch = dict(self.arguments), self.x.shape[0]
+        for name in (self.hidden, *self.per_token, *self.per_sample):
+            value = arguments.get(name)
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+                arguments[name] = value.index_select(0, samples)
+        return dataclasses.replace(self, arguments=arguments)
+
+
+class Method:
+    """Decides the plans. One object serves training, sampling, costing and comparing.
+
+    Attributes:
+        name: registered name, also the YAML's.
+        config_class: its config dataclass.
+        stateful: needs an open run (state from step to step).
+        token_level: reduces tokens; two such methods cannot share a transformer.
+        learned: adds parameters.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[MethodConfig]]
+    stateful: ClassVar[bool] = False
+    token_level: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
+
+    def __init__(self, config: Any, description: Description) -> None:
+        self.config = config
+        self.description = description
+
+    def block_modules(self) -> list[nn.Module] | None:
+        """One module a block, to be registered there as `router`."""
+        return None
+
+    def root_modules(self) -> dict[str, nn.Module]:
+        """Modules to be registered on the transformer itself."""
+        return {}
+
+    def sites(self) -> tuple[str, ...]:
+        """Sites inside a block for which `plan` wants to be asked."""
+        return ()
+
+    def adapt(self, run: SamplingRun) -> SamplingRun:
+        """The run that is really evaluated; fewer steps, for instance."""
+        return run
+
+    def begin_step(self, ctx: StepContext) -> None:
+        """Called before the first block of every forward."""
+
+    def plan(self, layer: int, site: str, x: Tensor, ctx: StepContext) -> Plan | None:
+        """The plan for one place, or None to compute everything. Asked at `block` first.
+
+        Args:
+            layer: index of the block.
+            site: `block`, or one of `sites()`.
+            x: what enters there (B, N, C): the block's input, or the site module's own.
+            ctx: where this forward stands.
+        """
+        return None
+
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+        """Runs one block; the default is plan, reduce, block, restore."""
+        plan = self.plan(layer, "block", call.x, ctx)
+        return call() if plan is None else plan.restore(call(plan), call.x)
+
+    def end_step(self, output: Tensor, ctx: StepContext) -> None:
+        """Called with the prediction of every forward."""
+
+    def use(self, layer: int, step: int, run: SamplingRun) -> BlockUse:
+        """How a block is used in a step, for the accounting."""
+        return BlockUse()
+
+    def macs(self, run: SamplingRun, linear_only: bool = False) -> Cost:
+        """Cost on a run, planning included, against the dense cost of the same run."""
+        adapted = self.adapt(run)
+        return run_cost(self.description, adapted, lambda layer, step: self.use(layer, step, adapted), run, linear_only)
+
+    @classmethod
+    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> Any:
+        """The config that costs within [budget - 0.01, budget] of the dense run.
+
+        Raises:
+            BudgetUnreachable: no setting of the knob does.
+        """
+        return dearest_within(cls, [cls.config_class()], description, run, check_budget(budget))
+
+
+def dearest_within(
+    cls: type[Method],
+    candidates: list[Any],
+    description: Description,
+    run: SamplingRun,
+    budget: float,
+    hint: str = "",
+) -> Any:
+    """The dearest of several configs that costs within [budget - 0.01, budget].
+
+    Raises:
+        BudgetUnreachable: none does; carries the reachable range.
+    """
+    priced = [(cls(config, description).macs(run).fraction, config) for config in candidates]
+    fitting = [pair for pair in priced if budget - SLACK <= pair[0] <= budget + 1e-12]
+    if not fitting:
+        fractions = [fraction for fraction, _ in priced]
+        raise BudgetUnreachable(cls.name, budget, (min(fractions), max(fractions)), hint)
+    return max(fitting, key=lambda pair: pair[0])[1]
+
+
+def register(cls: M) -> M:
+    """Class decorator: makes a method known under its name."""
+    _REGISTERED[cls.name] = cls
+    return cls
+
+
+def methods() -> dict[str, str]:
+    """Registered names with one line each; imports nothing heavy."""
+    return {name: line for name, (_, line) in _METHODS.items()}
+
+
+def get_method(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        DiffratioError: there is none; the nearest names are given.
+    """
+    if name not in _METHODS:
+        raise unknown("method", name, _METHODS)
+    importlib.import_module(_METHODS[name][0])
+    return _REGISTERED[name]
+
+
+def check_budget(budget: float) -> float:
+    """Raises DiffratioError for a budget outside (0, 1]."""
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget <= 1:
+        raise DiffratioError(f"budget {budget!r} is outside (0, 1]; it is the fraction of the dense run's MACs")
+    return float(budget)
+
+
+def config_to_json(config: MethodConfig) -> dict[str, Any]:
+    """Plain data of a config, with the method's name."""
+    document: dict[str, Any] = {"name": config.method.name}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        document[field.name] = value.to_json() if isinstance(value, KeepSchedule) else value
+    return document
+
+
+def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
+    """Inverse of `config_to_json`; also reads the YAML of the `method` group.
+
+    Raises:
+        DiffratioError: unknown method or key (the nearest names are given), or a value the config refuses.
+    """
+    values = dict(document)
+    cls = get_method(values.pop("name", "")).config_class
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            raise unknown(f"key of method {document['name']!r}", key, fields)
+        if key == "schedule" and isinstance(value, Mapping):
+            values[key] = KeepSchedule.from_json(value)
+        elif isinstance(value, list):
+            values[key] = tuple(value)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise DiffratioError(f"method {document['name']!r}: {error}") from None

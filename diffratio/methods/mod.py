@@ -1,0 +1,63 @@
+"""`mod`: Mixture-of-Depths with one keep ratio everywhere (arXiv 2404.02258)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffratio.cost.macs import Description, macs_table
+from diffratio.cost.run import SamplingRun
+from diffratio.errors import BudgetUnreachable, DiffratioError
+from diffratio.methods.base import check_budget, register
+from diffratio.methods.routed import RoutedConfig, RoutedMethod
+from diffratio.routing.schedule import KeepSchedule, Table, first_within
+
+
+@dataclass(frozen=True)
+class MoD(RoutedConfig):
+    """The control that every learned schedule must beat at equal MACs.
+
+    Args:
+        keep: mean keep ratio; lower keeps fewer tokens. Between two bins, blocks of both are spread evenly.
+    """
+
+    keep: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise DiffratioError(f"mod: keep {self.keep!r} is outside (0, 1]; it is the fraction of tokens computed")
+
+    def preset(self, layers: int) -> Table:
+        """Two neighbouring bins, spread evenly over the blocks."""
+        return spread(layers, 1, max(layers, round(10 * self.keep * layers)))
+
+
+def spread(layers: int, regions: int, total: int) -> Table:
+    """A table whose bins add up to `total`, the remainder spread evenly over the cells."""
+    cells = layers * regions
+    low, extra = divmod(total, cells)
+    flat = [low + ((cell + 1) * extra // cells - cell * extra // cells) for cell in range(cells)]
+    return tuple(tuple(flat[layer * regions : (layer + 1) * regions]) for layer in range(layers))
+
+
+@register
+class MoDMethod(RoutedMethod):
+    """Uniform routing."""
+
+    name = "mod"
+    config_class = MoD
+
+    @classmethod
+    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> MoD:
+        """Lowers one cell by one bin at a time, evenly spread; regions join only where blocks alone are too coarse."""
+        budget, layers, costs = check_budget(budget), description.layers, macs_table(description, run)
+        for regions in (1, 4, 20):
+            cells = layers * regions
+            path = [spread(layers, regions, total) for total in range(10 * cells, cells - 1, -1)]
+            try:
+                table = first_within(path, costs, budget, cls.name)
+            except BudgetUnreachable as error:
+                unreachable = error
+                continue
+            keep = sum(map(sum, table)) / (10 * cells)
+            return MoD(KeepSchedule(table, run, budget), keep)
+        raise unreachable

@@ -1,0 +1,170 @@
+"""What routed methods share: whole blocks on the best tokens, from an integer table, grouped by bin in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from diffratio.cost.macs import BlockUse, Description, tokens_of_bin
+from diffratio.cost.run import SamplingRun, StepContext, region_of, regions_of
+from diffratio.errors import DiffratioError
+from diffratio.methods.base import BlockCall, Method, MethodConfig
+from diffratio.routing.router import TokenRouter, best, ranking, straight_through
+from diffratio.routing.schedule import KeepSchedule, Table
+from diffratio.tokens.plan import KeepPlan
+
+
+@dataclass(frozen=True)
+class RoutedConfig(MethodConfig):
+    """A fixed keep schedule, solved for a budget, or the preset's own rule.
+
+    Args:
+        schedule: the table that is used; None leaves it to the preset.
+    """
+
+    schedule: KeepSchedule | None = None
+
+    def preset(self, layers: int) -> Table:
+        """bins[layer][region] where no schedule is given."""
+        return ((10,),) * layers
+
+    def table(self, layers: int) -> Table:
+        """bins[layer][region] for a transformer of so many blocks.
+
+        Raises:
+            DiffratioError: the schedule was solved for another number of blocks.
+        """
+        if self.schedule is None:
+            return self.preset(layers)
+        if self.schedule.layers != layers:
+            raise DiffratioError(
+                f"keep schedule of {self.schedule.layers} layers does not fit a transformer of {layers} blocks; "
+                "solve or load one for this model"
+            )
+        return self.schedule.bins
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Regions of the samples of one forward: one for all, or one each."""
+
+    shared: int | None
+    each: tuple[int, ...] = ()
+    tensor: Tensor | None = None
+
+
+class RoutedMethod(Method):
+    """Kept tokens pass the whole block among themselves, the others leave it unchanged, bit for bit.
+
+    Source: arXiv 2404.02258 (expert choice over depth), arXiv 2412.16822 (per layer and timestep region).
+    """
+
+    learned = True
+
+    def __init__(self, config: RoutedConfig, description: Description) -> None:
+        super().__init__(config, description)
+        self.bins: Table = config.table(description.layers)
+        self.alignment = config.schedule.alignment if config.schedule else 1
+        self.routers = [TokenRouter(description.width) for _ in range(description.layers)]
+        self.regions = Regions(0)
+        self.kept_index: list[Tensor | None] | None = None  # set to a list to record the kept tokens of a forward
+
+    def block_modules(self) -> list[nn.Module]:
+        """The routers."""
+        return list(self.routers)
+
+    @property
+    def region_count(self) -> int:
+        """Number of regions R."""
+        return len(self.bins[0])
+
+    def begin_step(self, ctx: StepContext) -> None:
+        """Finds the samples' regions: plain numbers in an open run, one read of the levels otherwise."""
+        if self.kept_index is not None:
+            self.kept_index = [None] * self.description.layers
+        if ctx.noise_level is not None:
+            self.regions = Regions(region_of(ctx.noise_level, self.region_count))
+            return
+        assert ctx.noise_levels is not None
+        regions = regions_of(ctx.noise_levels, self.region_count)
+        each = tuple(regions.tolist()) if self.region_count > 1 else (0,)
+        self.regions = Regions(each[0] if len(set(each)) == 1 else None, each, regions)
+
+    def keep(self, bin_: int, tokens: int) -> int:
+        """Computed tokens of a bin."""
+        return tokens_of_bin(bin_, tokens, self.alignment)
+
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+        """Samples with the same bin run together: no padding, no mask."""
+        row = self.bins[layer]
+        if self.regions.shared is not None:
+            return self.run_bin(layer, call, row[self.regions.shared])
+        bins = [row[region] for region in self.regions.each]
+        return grouped(call, bins, lambda part, bin_: self.run_bin(layer, part, bin_))
+
+    def run_bin(self, layer: int, call: BlockCall, bin_: int) -> Tensor:
+        """One bin for the whole batch."""
+        x = call.x
+        kept = self.keep(bin_, x.shape[1])
+        if kept == 0:
+            return x
+        learning = torch.is_grad_enabled() and self.routers[layer].weight.requires_grad
+        if kept == x.shape[1]:
+            y = call()
+            return straight_through(x, y, self.routers[layer](x)) if learning else y
+        logits = self.routers[layer](x)
+        return self.run_best(layer, call, logits, ranking(logits), kept)
+
+    def run_best(self, layer: int, call: BlockCall, logits: Tensor, ranked: Tensor, kept: int) -> Tensor:
+        """The block on the k best tokens, gated, on top of the untouched rest."""
+        x = call.x
+        learning = torch.is_grad_enabled() and logits.requires_grad
+        if kept == x.shape[1]:
+            y = call()
+            return straight_through(x, y, logits) if learning else y
+        plan = KeepPlan(best(ranked, kept))
+        if self.kept_index is not None:
+            self.kept_index[layer] = plan.index
+        y = call(plan)
+        if learning:
+            y = straight_through(plan.reduce(x), y, logits.gather(1, plan.index))
+        return plan.restore(y, x)
+
+    def use(self, layer: int, step: int, run: SamplingRun) -> BlockUse:
+        """k tokens everywhere in the block, and the router where it has something to drop."""
+        tokens = run.grid.tokens
+        bin_ = self.bins[layer][region_of(run.noise_levels[step], self.region_count)]
+        kept = self.keep(bin_, tokens)
+        if kept == 0:
+            return BlockUse(bypassed=True)
+        if kept == tokens:
+            return BlockUse()
+        counts = {site.name: (kept, kept) for site in self.description.blocks[layer].sites}
+        return BlockUse(counts, planning=tokens * self.description.width)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def grouped(call: BlockCall, keys: Sequence[Key], run: Callable[[BlockCall, Key], Tensor]) -> Tensor:
+    """Runs samples with equal keys together and puts the results back in order.
+
+    Args:
+        call: the block call of the whole batch.
+        keys: one hashable key a sample.
+        run: (call of a group, key) -> result (b, N, C).
+    """
+    order: dict[Key, list[int]] = {}
+    for sample, key in enumerate(keys):
+        order.setdefault(key, []).append(sample)
+    if len(order) == 1:
+        return run(call, keys[0])
+    device = call.x.device
+    results = [run(call.select(torch.tensor(members, device=device)), key) for key, members in order.items()]
+    back = torch.tensor([s for members in order.values() for s in members], device=device).argsort()
+    dtype = max((result.dtype for result in results), key=lambda d: d.itemsize)
+    return torch.cat([result.to(dtype) for result in results]).index_select(0, back)

@@ -1,0 +1,142 @@
+"""Every method on every tiny backbone: the rows that the contract is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import diffratio
+from diffratio.backbones import get_backbone
+from diffratio.cost.run import SamplingRun, uniform_run
+from diffratio.methods import MethodConfig
+from diffratio.routing.schedule import KeepSchedule
+from diffratio.surgery import attachment
+from diffratio.tokens.grid import TokenGrid
+
+GRID = TokenGrid(4, 4)
+RUN = uniform_run(8, GRID)
+MIXED = ((10, 3, 7, 5), (4, 10, 2, 9), (6, 1, 10, 8))
+LEVELS = (0.05, 0.3, 0.55, 0.8, 0.95)  # regions 0, 1, 2, 3, 3 of four
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with settings under which it reduces tokens, and settings under which it must change nothing.
+
+    Args:
+        name: of the row.
+        method: registered name.
+        config: builds the config that is tested.
+        neutral: builds the config that must give the dense model, bit for bit.
+        ratios: whether keep ratios are learned.
+        trains: whether its own parameters learn.
+    """
+
+    name: str
+    method: str
+    config: Callable[[], MethodConfig]
+    neutral: Callable[[], MethodConfig]
+    ratios: bool = False
+    trains: bool = False
+
+
+def _schedule(bins: tuple[tuple[int, ...], ...], alignment: int = 1) -> KeepSchedule:
+    return KeepSchedule(bins, RUN, 0.9, alignment)
+
+
+def _tome(name: str, **settings: Any) -> Row:
+    return Row(name, "tome", lambda: diffratio.ToMe(ratio=0.5, **settings), lambda: diffratio.ToMe(0.0, **settings))
+
+
+BOTH = ("self_attention", "feed_forward")
+ROWS = [
+    Row("dense", "dense", diffratio.Dense, diffratio.Dense),
+    Row("mod", "mod", lambda: diffratio.MoD(keep=0.55), lambda: diffratio.MoD(keep=1.0), trains=True),
+    Row("hand", "hand", lambda: diffratio.Hand(keep=0.4), lambda: diffratio.Hand(keep=1.0), trains=True),
+    Row(
+        "diffcr schedule",
+        "diffcr",
+        lambda: diffratio.DiffCR(_schedule(MIXED)),
+        lambda: diffratio.DiffCR(_schedule(((10,) * 4,) * 3)),
+        trains=True,
+    ),
+    Row(
+        "diffcr aligned",
+        "diffcr",
+        lambda: diffratio.DiffCR(_schedule(MIXED, 4)),
+        lambda: diffratio.DiffCR(_schedule(((9,) * 4,) * 3, 16)),
+        trains=True,
+    ),
+    Row("diffcr learning", "diffcr", diffratio.DiffCR, diffratio.DiffCR, ratios=True, trains=True),
+    Row(
+        "diffcr learning, one region, loop",
+        "diffcr",
+        lambda: diffratio.DiffCR(regions=1, estimator="loop"),
+        lambda: diffratio.DiffCR(regions=1, estimator="loop"),
+        ratios=True,
+        trains=True,
+    ),
+    Row("fewer_steps", "fewer_steps", lambda: diffratio.FewerSteps(0.5), diffratio.FewerSteps),
+    _tome("tome"),
+    _tome("tome both sites", sites=BOTH),
+    _tome("tome normed", metric="normed"),
+    _tome("tome normed both sites, fixed", metric="normed", sites=BOTH, random=False),
+    _tome("tome feed_forward, one block", sites=("feed_forward",), layers=(1,)),
+]
+BACKBONES = ("dit",)
+CASES = [(row, backbone) for row in ROWS for backbone in BACKBONES]
+IDS = [f"{row.name}-{backbone}".replace(" ", "_") for row, backbone in CASES]
+
+
+def transformer_of(backbone: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny transformer in evaluation mode; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    return get_backbone(backbone).tiny(**changes).eval()
+
+
+def applied(row: Row, backbone: str, seed: int = 0, neutral: bool = False) -> Any:
+    """A tiny transformer with the row's method; learned ratios stand between bins, and on one."""
+    transformer = transformer_of(backbone, seed)
+    diffratio.apply_(transformer, row.neutral() if neutral else row.config())
+    if row.ratios and not neutral:
+        with torch.no_grad():
+            rho = transformer.keep_ratios.rho
+            rho.copy_(0.15 + 0.8 * torch.rand(rho.shape, generator=torch.Generator().manual_seed(1)))
+            rho[0, 0] = 0.5
+    return transformer
+
+
+def inputs(levels: tuple[float, ...] = LEVELS, dtype: torch.dtype = torch.float32, seed: int = 3) -> dict[str, Tensor]:
+    """A batch with one sample at each noise level."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(len(levels), 1, 8, 8, generator=generator).to(dtype),
+        "timestep": torch.tensor([1000 * level for level in levels]),
+        "class_labels": torch.arange(len(levels)) % 10,
+    }
+
+
+def forward(transformer: nn.Module, batch: dict[str, Tensor] | None = None) -> Tensor:
+    """The prediction for a batch."""
+    output = transformer(**(inputs() if batch is None else batch), return_dict=False)[0]
+    assert isinstance(output, Tensor)
+    return output
+
+
+def without_label_dropout(transformer: Any) -> Any:
+    """The dense model as the data path of a training run sees it: labels are dropped there, not in every block."""
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    return transformer
+
+
+def in_run(transformer: nn.Module, run: SamplingRun, step: int) -> nn.Module:
+    """Puts a transformer at one step of an open run."""
+    state = attachment(transformer)
+    state.open_run(run)
+    state.step = step
+    return transformer

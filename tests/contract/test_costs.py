@@ -1,0 +1,160 @@
+"""Analytic MACs against a counter, and budgets that are met."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract_table import CASES, GRID, IDS, RUN, Row, applied, forward, in_run, inputs, transformer_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffratio
+from diffratio.backbones import get_backbone
+from diffratio.cost.run import SamplingRun, uniform_run
+from diffratio.errors import BudgetUnreachable, DiffratioError
+from diffratio.methods import MethodConfig, get_method, methods
+from diffratio.surgery import attachment, describe
+from diffratio.tokens.grid import TokenGrid
+
+each_case = pytest.mark.parametrize(("row", "backbone"), CASES, ids=IDS)
+
+
+def counted(transformer: torch.nn.Module, run: SamplingRun) -> int:
+    """MACs of matrix products and convolutions in a whole run, one sample."""
+    total = 0
+    for step, level in enumerate(run.noise_levels):
+        in_run(transformer, run, step)
+        # attention as two matrix products: the counter knows no fused CPU kernel
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            forward(transformer, inputs((level,)))
+        total += run.halves * counter.get_total_flops() // 2
+    return total
+
+
+@each_case
+def test_analytic_macs_are_the_counted_macs(row: Row, backbone: str) -> None:
+    transformer = applied(row, backbone)
+    method = attachment(transformer).token_method
+    run = method.adapt(RUN)
+    cost = diffratio.macs(transformer, run=RUN)
+    # a router is a matrix-vector product, which the counter leaves out; a matching is a matrix product
+    uncounted = cost.planning if row.trains else 0
+    assert counted(transformer, run) == pytest.approx(cost.total - uncounted, rel=1e-3)
+    assert cost.dense == diffratio.macs(transformer_of(backbone), run=RUN).total
+    outside = run.steps * run.halves * describe(transformer).outer(GRID.tokens)
+    assert sum(cost.per_block) + outside == cost.total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_attention_heads": 3, "num_layers": 2},
+        {"sample_size": 12, "in_channels": 4, "out_channels": 8},
+        {"patch_size": 4, "num_embeds_ada_norm": 3},
+    ],
+)
+def test_dense_macs_follow_the_configuration(changes: dict) -> None:
+    transformer = transformer_of("dit", **changes)
+    config = transformer.config
+    batch = {
+        "hidden_states": torch.randn(1, config.in_channels, config.sample_size, config.sample_size),
+        "timestep": torch.tensor([500.0]),
+        "class_labels": torch.tensor([1]),
+    }
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(transformer, batch)
+    assert counter.get_total_flops() // 2 == diffratio.macs(transformer, steps=1, guidance=False).total
+
+
+def test_linear_only_leaves_the_pairs_out() -> None:
+    method = get_method("dense")(diffratio.Dense(), describe(transformer_of("dit")))
+    tokens, width, layers = 16, 16, 3
+    pairs = RUN.steps * 2 * layers * 2 * tokens**2 * width
+    assert method.macs(RUN).total - method.macs(RUN, linear_only=True).total == pairs
+
+
+def test_methods_that_compose_cost_both() -> None:
+    transformer = diffratio.apply_(transformer_of("dit"), [diffratio.FewerSteps(0.5), diffratio.ToMe(ratio=0.5)])
+    alone = diffratio.apply_(transformer_of("dit"), diffratio.ToMe(ratio=0.5))
+    both, tome = diffratio.macs(transformer, run=RUN), diffratio.macs(alone, run=RUN)
+    assert 2 * both.total == tome.total
+    assert both.dense == tome.dense
+
+
+GRID8 = TokenGrid(8, 8)
+KNOBS = [name for name in methods() if name not in ("dense", "diffcr")]
+
+
+@pytest.fixture(scope="module")
+def medium() -> torch.nn.Module:
+    """Eight layers, 8x8 tokens, width 64."""
+    return get_backbone("dit").tiny(num_layers=8, sample_size=16, num_attention_heads=4, attention_head_dim=16)
+
+
+@pytest.mark.parametrize("steps", [20, 7])
+@pytest.mark.parametrize("budget", [0.9, 0.8, 0.6, 0.4])
+@pytest.mark.parametrize("name", list(methods()))
+def test_for_budget_lands_or_says_what_is_reachable(
+    medium: torch.nn.Module, name: str, budget: float, steps: int
+) -> None:
+    run = uniform_run(steps, GRID8)
+    try:
+        config = diffratio.for_budget(name, medium, budget, run=run)
+    except BudgetUnreachable as error:
+        low, high = error.reachable
+        assert name not in ("mod", "hand")
+        assert f"{budget:g}" in str(error)
+        assert 0 < low <= high
+        if low <= budget <= high:  # inside: only whole steps, too coarse
+            assert name == "fewer_steps"
+            assert not any(budget - 0.01 <= count / steps <= budget for count in range(1, steps + 1))
+        if name in KNOBS:  # both ends are met by asking for them
+            for end in (low, min(high, 1.0)):
+                reached = diffratio.for_budget(name, medium, min(1.0, end + 1e-9), run=run)
+                assert end - 0.01 <= _fraction(medium, reached, run) <= end + 1e-6
+        return
+    fraction = _fraction(medium, config, run)
+    assert budget - 0.01 <= fraction <= budget + 1e-9
+
+
+def _fraction(transformer: torch.nn.Module, config: MethodConfig, run: SamplingRun) -> float:
+    return config.method(config, describe(transformer)).macs(run).fraction
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_a_budget_of_one_is_dense(medium: torch.nn.Module, name: str) -> None:
+    run = uniform_run(20, GRID8)
+    assert _fraction(medium, diffratio.for_budget(name, medium, 1.0, run=run), run) == 1.0
+
+
+@pytest.mark.parametrize("name", ["mod", "hand", "tome"])
+def test_the_solved_config_is_what_runs(medium: torch.nn.Module, name: str) -> None:
+    run = uniform_run(4, GRID8)
+    config = diffratio.for_budget(name, medium, 0.7, run=run)
+    twin = get_backbone("dit").tiny(num_layers=8, sample_size=16, num_attention_heads=4, attention_head_dim=16).eval()
+    diffratio.apply_(twin, config)
+    total = 0
+    for step, level in enumerate(run.noise_levels):
+        in_run(twin, run, step)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            forward(twin, inputs((level,)) | {"hidden_states": torch.randn(1, 1, 16, 16)})
+        total += run.halves * counter.get_total_flops() // 2
+    cost = diffratio.macs(twin, run=run)
+    assert total == pytest.approx(cost.total - (0 if name == "tome" else cost.planning), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", list(methods()))
+@pytest.mark.parametrize("budget", [0, -0.5, 1.0001, float("nan"), True, "0.8"])
+def test_budgets_outside_their_range_are_refused(medium: torch.nn.Module, name: str, budget: object) -> None:
+    with pytest.raises(DiffratioError, match=r"budget .* is outside \(0, 1\]"):
+        diffratio.for_budget(name, medium, budget)  # type: ignore[arg-type]
+
+
+def test_uneven_runs_are_budgeted_by_their_own_steps(medium: torch.nn.Module) -> None:
+    """SD3's shift puts most steps at noisy levels, where the rule cuts."""
+    levels = tuple(3 * u / (1 + 2 * u) for u in uniform_run(20, GRID8).noise_levels)
+    run = SamplingRun(levels, GRID8)
+    config = diffratio.for_budget("hand", medium, 0.8, run=run)
+    assert 0.79 <= _fraction(medium, config, run) <= 0.8
+    assert _fraction(medium, config, uniform_run(20, GRID8)) > 0.81  # another run, another cost
