@@ -1,0 +1,111 @@
+"""Reads the columns of a split, and says what is wrong with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffratio.errors import DiffratioError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def undecoded(table: Dataset, split: str, column: str) -> Dataset:
+    """The table with its image column as encoded bytes or paths.
+
+    Raises:
+        DiffratioError: no such column, or it does not hold images.
+    """
+    from datasets import Image
+
+    _require(table, split, column, "image_column")
+    feature = table.features[column]
+    try:
+        return table.cast_column(column, Image(decode=False))
+    except Exception as error:  # arrow's error types differ with the column's type
+        raise DiffratioError(
+            f"column {column!r} of split {split!r} holds {feature}, not images; set image_column to one of "
+            f"{', '.join(table.column_names)}"
+        ) from error
+
+
+def class_names(table: Dataset, split: str, column: str | None, num_classes: int) -> list[str]:
+    """Names of the classes in a label column: its own, the sorted texts, or the numbers.
+
+    Raises:
+        DiffratioError: no label column, one that is not categorical, or more classes than `num_classes`.
+    """
+    from datasets import ClassLabel
+
+    if column is None:
+        raise DiffratioError(
+            f"num_classes={num_classes} asks for a class-conditional model, but label_column is null; "
+            f"set label_column to one of {', '.join(table.column_names)}, or num_classes to null"
+        )
+    _require(table, split, column, "label_column", "; or set num_classes to null for a model without classes")
+    feature = table.features[column]
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+    else:
+        values = _values(table, column)
+        if values.dtype == object:
+            values = np.array([value for value in values if value is not None])
+        if values.dtype.kind in "US":
+            names = [str(name) for name in np.unique(values)]
+        elif values.dtype.kind in "iub":
+            names = [str(number) for number in range(int(values.max(initial=-1)) + 1)]
+        else:
+            raise DiffratioError(
+                f"column {column!r} of split {split!r} holds {feature}, not classes; set label_column to a column of "
+                f"integers or names among {', '.join(table.column_names)}"
+            )
+    if len(names) > num_classes:
+        raise DiffratioError(
+            f"column {column!r} has {len(names)} classes ({names[0]} to {names[-1]}), but num_classes={num_classes}; "
+            f"set num_classes to {len(names)} or more"
+        )
+    return names
+
+
+def class_indices(table: Dataset, split: str, column: str, names: list[str]) -> NDArray[np.int64]:
+    """Class of every row, (rows,) int64.
+
+    Raises:
+        DiffratioError: a row without a class, or with one that is not among `names`.
+    """
+    _require(table, split, column, "label_column")
+    values = _values(table, column)
+    if values.dtype.kind in "US" or any(isinstance(value, str) for value in values):
+        index = {name: number for number, name in enumerate(names)}
+        labels = np.array([index.get(str(value), -1) for value in values], dtype=np.int64)
+    elif values.dtype.kind in "iub":
+        labels = values.astype(np.int64)
+    else:
+        labels = np.array([-1 if value is None else int(value) for value in values], dtype=np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise DiffratioError(
+            f"row {row} of split {split!r} has no known class ({column}={values[row]!s}; {len(names)} are known); "
+            f"{len(wrong)} such rows: remove or label them, or set num_classes to null"
+        )
+    return labels
+
+
+def _values(table: Dataset, column: str) -> NDArray[np.generic]:
+    values = table.select_columns([column]).with_format("arrow")[:][column]
+    if values.null_count:  # stay as objects, so that a gap keeps its row
+        return np.array(values.to_pylist(), dtype=object)
+    array = np.asarray(values.to_numpy())
+    return array.astype(str) if array.dtype == object and all(isinstance(value, str) for value in array) else array
+
+
+def _require(table: Dataset, split: str, column: str, argument: str, more: str = "") -> None:
+    if column not in table.column_names:
+        raise DiffratioError(
+            f"split {split!r} has no column {column!r}; it has {', '.join(table.column_names)}: "
+            f"set {argument} to one of them{more}"
+        )

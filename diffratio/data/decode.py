@@ -1,0 +1,63 @@
+"""From an encoded picture to pixels of one size."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def decode(record: dict[str, Any], *, size: int, channels: int, pad: bool) -> NDArray[np.uint8]:
+    """Decodes one picture of a Hugging Face image column.
+
+    Args:
+        record: `bytes` of the encoded picture, or the `path` of its file.
+        size: side of the square result, in pixels.
+        channels: 1 (grey) or 3 (RGB); transparent pixels become white.
+        pad: whether a picture that fits into the square is centred on black instead of enlarged.
+
+    Returns:
+        Pixels, (C, size, size) uint8.
+
+    Raises:
+        Exception: whatever the decoder raises on a picture that is damaged.
+    """
+    from PIL import Image
+
+    if record is None or (record["bytes"] is None and record["path"] is None):
+        raise ValueError("the row holds no image")
+    with Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])) as opened:
+        image = _in_mode(opened, "L" if channels == 1 else "RGB")
+    pixels = np.asarray(_to_size(image, size, pad), dtype=np.uint8)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    if image.getexif():
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # `convert` would clip 16 bits at 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def _to_size(image: Image.Image, size: int, pad: bool) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    if image.size == (size, size):
+        return image
+    if pad and max(image.size) <= size:
+        canvas = Image.new(image.mode, (size, size), 0)
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        return canvas
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)  # scaled and cropped at the centre

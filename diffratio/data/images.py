@@ -1,0 +1,266 @@
+"""The data module: labelled or unlabelled images of one size, for training, validation and reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffratio.data.columns import class_indices, class_names, undecoded
+from diffratio.data.registry import embedded_sets
+from diffratio.data.source import open_source
+from diffratio.data.split import ImageFormat, ImageSplit, interleaved
+from diffratio.data.stream import Augmentation, Batch, Cursor, Shard, TrainStream, ValidationStream, to_unit_range
+from diffratio.errors import DiffratioError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Up to here a split is decoded once and held as uint8 (at most 2.3 GiB); beyond, pictures are decoded as they are read.
+_HELD_IMAGES, _HELD_SIZE = 200_000, 64
+
+
+class ImageData(LightningDataModule):
+    """Images in [-1, 1] with class labels, from any source, in an order that can be resumed exactly.
+
+    A batch is a dict of `images` float32 (B, C, H, W) in [-1, 1], `labels` int64 (B,) and `positions` int64 (B,).
+    The label `num_classes` is the null label; without classes all labels are 0. The training stream is infinite: train
+    by steps (`max_steps`, an integer `val_check_interval`). Its sample at a position depends on (seed, position) alone,
+    not on batch size, number of processes or workers.
+
+    Args:
+        source: embedded set, folder of images, parquet file or folder, or hub id; see `open_source`.
+        name: what reports call the set; the source by default.
+        image_size: side of the square images, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        num_classes: classes of the model (the set may have fewer); None for a model without classes.
+        image_column: column that holds the images.
+        label_column: column that holds the classes; not read where `num_classes` is None.
+        train_split: split to train on.
+        validation_split: held-out split. None, or a source with one split only: a part of the training split.
+        validation_fraction: size of that part, in (0, 1).
+        pad_to: centre images that fit into the square on black (-1) instead of enlarging them. Larger images are scaled
+            down and cropped at the centre.
+        flip: mirror half of the training images.
+        label_dropout: fraction of training labels replaced by the null label (for classifier-free guidance).
+        batch_size: samples of one process in one batch.
+        num_workers: loader processes; 0 is fastest for sets that are held in memory (<= 64 px, < 200,000 images).
+        seed: of order, flips, label drops and of the held-out part.
+
+    Attributes:
+        position: samples of the training stream consumed so far, by all processes together. `train_dataloader()` starts
+            here. Lightning's training loop moves it on and checkpoints it; in a loop of your own, call `set_position`.
+
+    Raises:
+        DiffratioError: an argument out of range; the source's own faults are raised on `setup`.
+
+    Example:
+        >>> data = ImageData("fashion_mnist", image_size=32, channels=1, num_classes=10)
+        >>> images, labels = data.held_out(20)
+        >>> images.shape, labels.bincount().tolist()
+        (torch.Size([20, 1, 32, 32]), [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        image_size: int,
+        channels: int,
+        num_classes: int | None,
+        name: str | None = None,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        train_split: str = "train",
+        validation_split: str | None = "test",
+        validation_fraction: float = 0.05,
+        pad_to: bool = True,
+        flip: bool = True,
+        label_dropout: float = 0.1,
+        batch_size: int = 96,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _at_least("image_size", image_size, 1)
+        _at_least("batch_size", batch_size, 1)
+        _at_least("num_workers", num_workers, 0)
+        _at_least("seed", seed, 0)
+        if num_classes is not None:
+            _at_least("num_classes", num_classes, 1, "; null for a model without classes")
+        if channels not in (1, 3):
+            raise DiffratioError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        if not 0.0 <= label_dropout <= 1.0:
+            raise DiffratioError(f"label_dropout must lie in [0, 1], got {label_dropout}")
+        if not 0.0 < validation_fraction < 1.0:
+            raise DiffratioError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
+        self.source, self.name = source, name or source
+        self.num_classes, self.seed = num_classes, seed
+        self.image_column, self.label_column = image_column, label_column
+        self.train_split, self.validation_split = train_split, validation_split
+        self.validation_fraction, self.batch_size, self.num_workers = validation_fraction, batch_size, num_workers
+        self._form = ImageFormat(image_size, channels, pad_to)
+        self._augmentation = Augmentation(flip, label_dropout, num_classes)
+        self._cursor = Cursor()
+        self._splits: tuple[ImageSplit, ImageSplit] | None = None
+        self._class_names: list[str] = []
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their labels; empty where the model has no classes."""
+        self.setup()
+        return list(self._class_names)
+
+    @property
+    def position(self) -> int:
+        """Samples of the training stream consumed so far, by all processes together."""
+        return self._cursor.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.set_position(position)
+
+    def set_position(self, position: int) -> None:
+        """Makes `train_dataloader()` start after this many samples (all processes together)."""
+        _at_least("position", position, 0)
+        self._cursor.position = int(position)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position; everything else of the stream follows from the arguments."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.set_position(state_dict["position"])
+
+    def prepare_data(self) -> None:
+        """Downloads a hub set once per machine."""
+        if self._splits is None and self.source not in embedded_sets():
+            open_source(self.source)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the source and checks its splits, columns and classes; decodes no image.
+
+        Raises:
+            DiffratioError: source, split or column not found, an empty split, or classes that do not fit.
+        """
+        if self._splits is not None:
+            return
+        tables = open_source(self.source)
+        train = self._table(tables, self.train_split, "train_split")
+        if self.num_classes is not None:
+            self._class_names = class_names(train, self.train_split, self.label_column, self.num_classes)
+        if self.validation_split is None or (self.validation_split not in tables and len(tables) == 1):
+            kept, held = self._partition(len(train))
+            whole = self._split(self.train_split, train)
+            self._splits = whole.reordered(kept), _in_turn(whole.reordered(held))
+        else:
+            validation = self._table(tables, self.validation_split, "validation_split")
+            held_split = self._split(self.validation_split, validation)
+            self._splits = self._split(self.train_split, train), _in_turn(held_split)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Infinite loader of this process's part of the training stream, from `position` on."""
+        stream = TrainStream(self._held(0), self._shard(), self._cursor, self.seed, self._augmentation)
+        return self._loader(stream)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Loader of all held-out images, classes taking turns, labels kept; positions are indices into that order."""
+        return self._loader(ValidationStream(self._held(1), self._shard()))
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Moves `position` past a batch that is about to be trained on (not past those that were only prefetched)."""
+        if self.trainer is not None and self.trainer.training:
+            shard = self._shard()
+            first = int(batch["positions"][0]) - shard.rank * shard.batch_size
+            self.set_position(first + shard.global_batch)
+        return batch
+
+    def held_out(self, n: int) -> tuple[Tensor, Tensor]:
+        """The first n held-out images, classes taking turns, so that any n is balanced.
+
+        Args:
+            n: at most the size of the held-out split.
+
+        Returns:
+            images (n, C, H, W) float32 in [-1, 1] and labels (n,) int64.
+        """
+        return _first(self._pair()[1], n)
+
+    def reference(self, n: int) -> tuple[Tensor, Tensor]:
+        """n training images, neither mirrored nor shuffled, classes taking turns; see `held_out`."""
+        return _first(_in_turn(self._pair()[0]), n)
+
+    @property
+    def held_out_size(self) -> int:
+        """Number of held-out images."""
+        return len(self._pair()[1])
+
+    def _pair(self) -> tuple[ImageSplit, ImageSplit]:
+        self.setup()
+        assert self._splits is not None
+        return self._splits
+
+    def _held(self, which: int) -> ImageSplit:
+        split = self._pair()[which]
+        if len(split) < _HELD_IMAGES and self._form.size <= _HELD_SIZE:
+            split.hold()
+        return split
+
+    def _table(self, tables: dict[str, Dataset], split: str, argument: str) -> Dataset:
+        if split not in tables:
+            raise DiffratioError(
+                f"data source {self.source!r} has no split {split!r}; it has {', '.join(tables)}: set {argument} to one"
+                + (", or to null to hold out a part of the training split" if argument == "validation_split" else "")
+            )
+        if len(tables[split]) == 0:
+            raise DiffratioError(
+                f"split {split!r} of data source {self.source!r} is empty; set {argument} to a split with images"
+            )
+        return undecoded(tables[split], split, self.image_column)
+
+    def _split(self, name: str, table: Dataset) -> ImageSplit:
+        labels = np.zeros(len(table), dtype=np.int64)
+        if self.num_classes is not None and self.label_column is not None:
+            labels = class_indices(table, name, self.label_column, self._class_names)
+        return ImageSplit(name, table, self.image_column, np.arange(len(table)), labels, self._form)
+
+    def _partition(self, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        held = max(1, round(self.validation_fraction * rows))
+        if held >= rows:
+            raise DiffratioError(
+                f"split {self.train_split!r} has {rows} images: too few to hold out a part of "
+                f"{self.validation_fraction:g}; add images or lower validation_fraction"
+            )
+        order = np.random.default_rng([self.seed, 1]).permutation(rows)
+        return np.sort(order[held:]), np.sort(order[:held])
+
+    def _shard(self) -> Shard:
+        if self.trainer is None:
+            return Shard(0, 1, self.batch_size)
+        return Shard(self.trainer.global_rank, self.trainer.world_size, self.batch_size)
+
+    def _loader(self, stream: TrainStream | ValidationStream) -> DataLoader[Batch]:
+        # The stream makes whole batches: `batch_size=None` turns torch's own collation off.
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+
+def _in_turn(split: ImageSplit) -> ImageSplit:
+    return split.reordered(interleaved(split.labels))
+
+
+def _first(split: ImageSplit, n: int) -> tuple[Tensor, Tensor]:
+    if not 1 <= n <= len(split):
+        raise DiffratioError(f"split {split.name!r} can give 1 to {len(split)} images, asked for {n}; ask for fewer")
+    indices = np.arange(n)
+    return to_unit_range(torch.from_numpy(split.pixels(indices))), torch.from_numpy(split.labels[indices])
+
+
+def _at_least(argument: str, value: int, least: int, more: str = "") -> None:
+    if value < least:
+        raise DiffratioError(f"{argument} must be at least {least}, got {value}{more}")

@@ -1,0 +1,102 @@
+"""One split of a data set: labels at hand, pixels decoded on demand or held in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffratio.data.decode import decode
+from diffratio.errors import DiffratioError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What every picture is brought to."""
+
+    size: int
+    channels: int
+    pad: bool
+
+
+class ImageSplit:
+    """Images and labels of one split.
+
+    Args:
+        name: name of the split in the source, for messages.
+        table: the data set with an undecoded image column.
+        image_column: name of that column.
+        rows: which rows of `table` belong to the split, in its order, (n,) int64.
+        labels: the class of each of them, (n,) int64.
+        form: what pictures are brought to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: Dataset,
+        image_column: str,
+        rows: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        form: ImageFormat,
+    ) -> None:
+        self.name, self.form, self.rows, self.labels = name, form, rows, labels
+        self._column, self._table = image_column, table.select_columns([image_column])
+        self._held: NDArray[np.uint8] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def reordered(self, order: NDArray[np.int64]) -> ImageSplit:
+        """The same split with its n samples in another order, (n,) int64."""
+        return ImageSplit(self.name, self._table, self._column, self.rows[order], self.labels[order], self.form)
+
+    def pixels(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Pixels of the samples at these indices, (B, C, H, W) uint8, in their order."""
+        return self._held[indices] if self._held is not None else self._decoded(indices)
+
+    def hold(self) -> None:
+        """Decodes all samples once and keeps their pixels in memory."""
+        if self._held is None:
+            self._held = self._decoded(np.arange(len(self)))
+
+    def _decoded(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        size, channels = self.form.size, self.form.channels
+        out = np.empty((len(indices), channels, size, size), dtype=np.uint8)
+        for first in range(0, len(indices), 1000):  # bounds the encoded bytes held at once
+            rows = self.rows[indices[first : first + 1000]]
+            for place, (row, record) in enumerate(zip(rows, self._table[rows][self._column], strict=True), start=first):
+                out[place] = self._decode_row(int(row), record)
+        return out
+
+    def _decode_row(self, row: int, record: dict[str, Any]) -> NDArray[np.uint8]:
+        try:
+            return decode(record, size=self.form.size, channels=self.form.channels, pad=self.form.pad)
+        except Exception as error:  # damaged files raise anything from OSError to SyntaxError
+            path = record.get("path") if record else None
+            where = f" ({path})" if path else ""
+            raise DiffratioError(
+                f"image in row {row} of split {self.name!r}{where} cannot be decoded "
+                f"({type(error).__name__}: {error}); replace or remove that row or file"
+            ) from error
+
+
+def interleaved(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Order in which classes take turns, so that any first n samples are as balanced as the split allows.
+
+    Args:
+        labels: (n,) int64.
+
+    Returns:
+        (n,) int64: indices; within a class the order stays.
+    """
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    turn = np.empty_like(labels)
+    turn[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return np.lexsort((labels, turn))
