@@ -1,0 +1,284 @@
+"""Loads transformers and pipelines; a routed folder is checked key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffratio.backbones import get_backbone
+from diffratio.backbones.base import Backbone, backbone_of_class
+from diffratio.checkpoint import layout
+from diffratio.checkpoint.card import read_card
+from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
+from diffratio.errors import DiffratioError
+from diffratio.files import read_json, sha256
+from diffratio.methods.base import MethodConfig, config_from_json
+from diffratio.surgery import apply_, attach_, is_applied
+
+
+def load_transformer(
+    source: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """A transformer in evaluation mode, with its routing applied where the checkpoint is routed.
+
+    Args:
+        source: a checkpoint folder (dense or routed), the name of one that ships, a bare diffusers transformer folder,
+            or a hub id such as facebook/DiT-XL-2-256.
+        dtype: computing type; routers stay float32. None is float32 on the CPU, elsewhere what is stored.
+        device: where it goes.
+
+    Raises:
+        DiffratioError: no such checkpoint, a damaged file, missing or unexpected keys, wrong shapes, or a keep schedule
+            that does not fit; names the file.
+    """
+    wanted, place = as_dtype(dtype), resolve_folder(source)
+    if wanted is None and torch.device(device).type == "cpu":
+        wanted = torch.float32
+    with torch.random.fork_rng(devices=[]):  # random initialisation must not move the caller's generator
+        transformer = _from_hub(place) if isinstance(place, str) else _from_folder(place, wanted)
+    if isinstance(place, str) and wanted is not None:
+        nn.Module.to(transformer, wanted)
+    return nn.Module.to(transformer, device).eval()
+
+
+def load_pipeline(
+    source: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> Any:
+    """A diffusers pipeline with the checkpoint's transformer, scheduler and class names, attached where it is routed.
+
+    Args:
+        source: a checkpoint folder (dense or routed; with `vae/` it samples in latent space), the name of one that
+            ships, or a hub id.
+        dtype: computing type, as for `load_transformer`.
+        device: where it goes.
+
+    Raises:
+        DiffratioError: as `load_transformer`, or there is no scheduler.
+    """
+    from diffratio.sampling.pipeline import build_pipeline
+
+    place = resolve_folder(source)
+    if isinstance(place, str):
+        place = _download(place)
+    if layout.checkpoint_kind(place) == "transformer":
+        raise DiffratioError(
+            f"{str(place)!r} holds a transformer alone, no {layout.SCHEDULER}/: load_transformer it, then "
+            "sampling.pipeline.build_pipeline(transformer, make_scheduler(...))"
+        )
+    scheduler = _scheduler(place)
+    transformer = load_transformer(place, dtype, device)
+    vae = _vae(place, as_dtype(dtype)) if (place / layout.VAE).is_dir() else None
+    if vae is not None:
+        vae = vae.to(device)
+    pipe = build_pipeline(transformer, scheduler, vae, id2label=_names(place))
+    return attach_(pipe) if is_applied(transformer) else pipe
+
+
+def resolve_folder(source: str | Path) -> Path | str:
+    """`layout.resolve`, with the kind of a folder checked."""
+    place = layout.resolve(source)
+    if isinstance(place, Path):
+        layout.checkpoint_kind(place)
+    return place
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    kind = layout.checkpoint_kind(folder)
+    place = folder if kind == "transformer" else folder / layout.TRANSFORMER
+    config = _mapping(place / "config.json", "transformer configuration")
+    if kind == "routed":
+        return _routed(folder, config, dtype)
+    weights, name = place / layout.DENSE_WEIGHTS, str(config.get("_class_name"))
+    if name.startswith("Routed") or (place / layout.ROUTED_WEIGHTS).is_file():
+        raise DiffratioError(
+            f"{str(folder)!r} is the transformer of a routed checkpoint without its {layout.ROUTING}; "
+            "give the checkpoint folder itself"
+        )
+    backbone = _family(config, place / "config.json")
+    if not weights.is_file():
+        return _by_diffusers(backbone, str(place), dtype)  # sharded, or another file format
+    state = _read(weights)
+    transformer = _build(backbone, config, place / "config.json")
+    return _fill(transformer, state, weights, dtype)
+
+
+def _routed(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """Dense model first, then the method, then the weights: nothing stays uninitialised."""
+    path = folder / layout.ROUTING
+    document = _mapping(path, "routing")
+    method, weights, digest = _routing(document, path, folder)
+    state = _read(weights)
+    if sha256(weights) != digest:
+        raise DiffratioError(f"{str(weights)!r} is damaged or was changed: its sha256 is not the one in {str(path)!r}")
+    backbone = get_backbone(document["backbone"])
+    transformer = _build(backbone, config, folder / layout.TRANSFORMER / "config.json")
+    if document["class"] != type(transformer).__name__:
+        raise DiffratioError(f"{str(path)!r}: class {document['class']!r} is not that of backbone {backbone.name!r}")
+    try:
+        apply_(transformer, method)
+    except DiffratioError as error:
+        raise DiffratioError(f"{str(path)!r}: {error}") from None
+    return _fill(transformer, state, weights, dtype)
+
+
+def _routing(document: Mapping[str, Any], path: Path, folder: Path) -> tuple[MethodConfig, Path, str]:
+    """Method, weights file and digest of a routing.json."""
+    if document.get("format") != ROUTING_FORMAT or document.get("version") != ROUTING_VERSION:
+        raise DiffratioError(
+            f"{str(path)!r} is {document.get('format')!r} version {document.get('version')!r}; this release reads "
+            f"{ROUTING_FORMAT!r} version {ROUTING_VERSION}"
+        )
+    try:
+        file, digest = document["weights"]["file"], document["weights"]["sha256"]
+        if not isinstance(document["backbone"], str) or not isinstance(document["class"], str):
+            raise TypeError("backbone and class must be text")
+        if not isinstance(file, str) or Path(file).name != file or not isinstance(digest, str):
+            raise TypeError(f"weights.file {file!r} must be the name of a file in {layout.TRANSFORMER}/")
+        if not isinstance(document["method"], Mapping):
+            raise TypeError("method must be an object")
+        config = config_from_json(document["method"])
+    except (KeyError, TypeError, DiffratioError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise DiffratioError(f"{str(path)!r}: {reason}") from None
+    if not config.method.learned:
+        raise DiffratioError(f"{str(path)!r}: method {config.method.name!r} has no parameters and needs no checkpoint")
+    if config.method.name == "diffcr" and getattr(config, "schedule", None) is None:
+        raise DiffratioError(f"{str(path)!r}: method.schedule is missing; export again from a finished run")
+    return config, folder / layout.TRANSFORMER / file, digest
+
+
+def _mapping(path: Path, what: str) -> dict[str, Any]:
+    document = read_json(path, what)
+    if not isinstance(document, dict):
+        raise DiffratioError(f"{what}: {str(path)!r} holds {type(document).__name__}, not an object")
+    return document
+
+
+def _family(config: Mapping[str, Any], path: Path) -> Backbone:
+    """The backbone of a diffusers configuration."""
+    name = config.get("_class_name")
+    # checkpoints older than diffusers' DiT class say Transformer2DModel
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        name = "DiTTransformer2DModel"
+    try:
+        return backbone_of_class(str(name))
+    except DiffratioError as error:
+        raise DiffratioError(f"{str(path)!r}: {error}") from None
+
+
+def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
+    try:
+        return backbone.from_config(public(config))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+        raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise DiffratioError(f"weights {str(path)!r} are missing; copy the whole checkpoint folder")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DiffratioError(f"weights {str(path)!r} are damaged or cut short ({error}); copy the file again") from None
+
+
+def _fill(transformer: nn.Module, state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Puts the stored values in, all of them and nothing else."""
+    expected = transformer.state_dict()
+    if set(expected) != set(state):
+        hint = ""
+        if any(map(is_router, set(state) ^ set(expected))):
+            hint = "; routers are part of a routed checkpoint and of no dense one: dense and routed files are mixed up"
+        raise DiffratioError(f"weights {str(path)!r} do not fit: {differences(state, expected)}{hint}")
+    wrong = [key for key, value in expected.items() if value.shape != state[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise DiffratioError(
+            f"weights {str(path)!r} do not fit: {key} has shape {tuple(state[key].shape)} and the configuration asks "
+            f"for {tuple(expected[key].shape)} ({len(wrong)} such keys)"
+        )
+    if dtype is None:
+        dtype = next(value.dtype for key, value in state.items() if value.is_floating_point() and not is_router(key))
+    nn.Module.to(transformer, dtype)  # diffusers' own would warn of modules that it keeps in float32
+    for name, module in transformer.named_modules():
+        if name.endswith(".router"):
+            module.float()
+    transformer.load_state_dict(state, strict=True)
+    return transformer
+
+
+def _by_diffusers(backbone: Backbone, source: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Through from_pretrained, whose silent re-initialisation of missing keys is an error here."""
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    try:
+        loaded: Any = backbone.load(source, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise DiffratioError(f"checkpoint {source!r} cannot be loaded: {_first_line(error)}") from None
+    transformer, info = loaded
+    wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+    if wrong:
+        what = " and ".join(f"{len(keys)} {kind.replace('_', ' ')} ({keys[0]} ...)" for kind, keys in wrong.items())
+        raise DiffratioError(f"weights of {source!r} do not fit their configuration: {what}")
+    assert isinstance(transformer, nn.Module)
+    return transformer
+
+
+def _from_hub(name: str) -> nn.Module:
+    return _by_diffusers(get_backbone("dit"), name)
+
+
+def _download(name: str) -> Path:
+    """Local copy of a pipeline on the hub."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name))
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise DiffratioError(
+            f"checkpoint {name!r} is no folder here and cannot be had from the hub: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _scheduler(folder: Path) -> Any:
+    import diffusers
+
+    path = folder / layout.SCHEDULER / "scheduler_config.json"
+    config = _mapping(path, "scheduler configuration")
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise DiffratioError(f"{str(path)!r}: _class_name {config.get('_class_name')!r} is no scheduler of diffusers")
+    try:
+        return kind.from_config(config)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DiffratioError(f"{str(path)!r}: {_first_line(error)}") from None
+
+
+def _vae(folder: Path, dtype: torch.dtype | None) -> Any:
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(
+            folder / layout.VAE, local_files_only=True, torch_dtype=dtype or torch.float32
+        ).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DiffratioError(f"{str(folder / layout.VAE)!r} cannot be loaded: {_first_line(error)}") from None
+
+
+def _names(folder: Path) -> dict[int, str] | None:
+    """Class names from the card, or from a pipeline that diffusers saved."""
+    if (folder / layout.CARD).is_file():
+        return read_card(folder).id2label
+    index = folder / layout.INDEX
+    names = _mapping(index, "pipeline index").get("id2label") if index.is_file() else None
+    return {int(key): str(name) for key, name in names.items()} if isinstance(names, Mapping) else None
