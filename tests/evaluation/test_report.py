@@ -1,0 +1,281 @@
+"""The report: its words follow from the records, nothing is dropped, and it stands alone."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fabricate import make_folder, make_record, png
+
+from diffratio.errors import DiffratioError
+from diffratio.evaluation import plots
+from diffratio.evaluation.records import Arm, Record, write_record
+from diffratio.evaluation.report import write_report
+from diffratio.evaluation.summary import Group, headline, notices, summarise
+
+NASTY = '<script>alert(1)</script> & $x_1$ | "q"'
+
+
+class Outline(HTMLParser):
+    """Collects headings, sources, links, tables' status cells and ids; checks that tags nest."""
+
+    VOID = {"meta", "link", "img", "br", "use", "path", "rect"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.sources: list[str] = []
+        self.ids: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def outline(html: str) -> Outline:
+    found = Outline()
+    found.feed(html)
+    assert found.open == []
+    return found
+
+
+def groups_of(*records: Record) -> list[Group]:
+    return summarise(records)
+
+
+def test_a_report_has_every_part_in_order_and_stands_alone(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    paths = write_report(tmp_path, "Trial")
+    found = outline(paths.html.read_text(encoding="utf-8"))
+    assert found.headings == [
+        "How to read this",
+        "Summary",
+        "Quality against cost",
+        "Where each schedule keeps tokens",
+        "Excess loss by noise region",
+        "Samples",
+        "Where tokens went",
+        "Benchmarks",
+        "Not reached, failed or cancelled",
+        "Provenance",
+    ]
+    outside = [source for source in found.sources if not source.startswith(("#", "data:"))]
+    assert outside == []
+    assert sum(source.startswith("data:image/png;base64,") for source in found.sources) == 9 + 2
+    assert len(found.ids) == len(set(found.ids))
+    assert "@import" not in "".join(found.text) and "url(http" not in "".join(found.text)
+    text = " ".join(found.text)
+    assert "out of memory" in text and "todo cannot reach a budget of 0.6" in text
+
+
+def test_markdown_shows_the_same_and_its_links_lead_to_files(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    text = write_report(tmp_path).markdown.read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(links) > 15 and all((tmp_path / link).is_file() for link in links)
+    for link in links:
+        if link.endswith(".svg"):
+            content = (tmp_path / link).read_text(encoding="utf-8")
+            ElementTree.fromstring(content)
+            assert "currentColor" not in content
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", text, re.M)
+    assert len(tables) > 8
+    assert all(len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1 for table in tables)
+
+
+def test_the_csv_has_every_record_with_its_figures(tmp_path: Path) -> None:
+    records = make_folder(tmp_path)
+    with open(write_report(tmp_path).csv, encoding="utf-8", newline="") as handle:
+        rows = {row["id"]: row for row in csv.DictReader(handle)}
+    assert set(rows) == {record.id for record in records}
+    for record in records:
+        value = rows[record.id]["quality.kid_lite0.value"]
+        assert (float(value) if value else None) == (record.quality.get("kid_lite0") or {}).get("value")
+    assert float(rows["mod-80-s0"]["latency.8.eager.median_ms"]) == pytest.approx(1240 * 0.84)
+    assert rows["dato-80-s0"]["message"] == "out of memory"
+
+
+def test_a_report_is_the_same_twice(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    first = write_report(tmp_path)
+    before = {path: path.read_bytes() for path in (first.html, first.markdown, first.csv)}
+    write_report(tmp_path)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not [path for path in tmp_path.rglob("*.tmp")]
+
+
+def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
+    record = make_record(NASTY, schedule={"bins": [[10, 1]]}, message=NASTY, sampler=NASTY)
+    table = {"block": {"title": NASTY, "rows": [{NASTY: NASTY}]}}
+    write_record(tmp_path, replace(record, extra=table))
+    write_record(tmp_path, Record(Arm("_hidden", NASTY, {"name": NASTY}), 0.8, 1, status="failed", message=NASTY))
+    write_record(tmp_path, make_record("_shown", kid=1.0))
+    paths = write_report(tmp_path, NASTY)
+    html = paths.html.read_text(encoding="utf-8")
+    assert "<script" not in html and "alert(1)" in html
+    outline(html)
+    assert "<script" not in paths.markdown.read_text(encoding="utf-8")
+    svg = (tmp_path / "plots" / "pareto-macs.svg").read_text(encoding="utf-8")
+    words = [element.text or "" for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+    assert any(word.startswith("<script>alert(1)") for word in words)
+
+
+def test_names_are_drawn_as_they_are() -> None:
+    arms = ["$x_1$", "_hidden"]
+    svg = plots.pareto([plots.Point(arm, 1.0 + i, 2.0 - i) for i, arm in enumerate(arms)], arms, "a", "b", "x")
+    words = [(e.text or "").strip("\u200a") for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("text")]
+    assert [words.count(arm) for arm in arms] == [2, 2]  # beside the point, and in the legend
+
+
+def test_a_winner_needs_an_interval_clear_of_all_others() -> None:
+    (clear,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=2.0), make_record("c", kid=3.0))
+    assert clear.winner("kid_lite0") == "a"
+    # c is worse than b, but its wide interval reaches down to a's
+    (wide,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=2.0), make_record("c", kid=3.0, half=2.0))
+    assert wide.winner("kid_lite0") is None and wide.rivals("kid_lite0") == ["c"]
+    (close,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=1.5))
+    assert close.winner("kid_lite0") is None
+    (alone,) = groups_of(make_record("a"))
+    assert alone.winner("kid_lite0") is None
+    bare = make_record("b", kid=9.0)
+    (unknown,) = groups_of(make_record("a", kid=1.0), replace(bare, quality={"kid_lite0": {"value": 9.0}}))
+    assert unknown.winner("kid_lite0") is None
+
+
+def test_only_a_clear_winner_gets_a_star(tmp_path: Path) -> None:
+    for place, other in ((tmp_path / "clear", 5.0), (tmp_path / "close", 2.2)):
+        for name, kid in (("diffcr", 2.0), ("tome", other)):
+            record = make_record(name, kid=kid)
+            write_record(place, replace(record, quality={"kid_lite0": record.quality["kid_lite0"]}, cost={}))
+        html = write_report(place).html.read_text(encoding="utf-8")
+        assert html.count('class="number best"') == (1 if place.name == "clear" else 0)
+
+
+def test_the_headline_says_what_the_records_say() -> None:
+    dense = make_record("dense", 1.0, kid=1.8, ratio=1.0)
+    (clear,) = headline(groups_of(dense, make_record("diffcr", kid=1.0), make_record("tome", kid=5.0)))
+    assert clear.startswith(
+        "At 80 % of the dense MACs diffcr has the lowest KID (1.00, interval 0.70 to 1.30; 1 seed, n = 500)"
+    )
+    assert "clear of the next best, tome" in clear and "better than the dense model" in clear
+    (close,) = headline(groups_of(make_record("diffcr", kid=1.9), make_record("tome", kid=2.0)))
+    assert "not certain: it is not separated from tome" in close and "not told apart from the dense model" in close
+    (worse,) = headline(groups_of(make_record("diffcr", kid=3.0), make_record("tome", kid=9.0)))
+    assert "worse than the dense model" in worse
+    (alone,) = headline(groups_of(make_record("diffcr")))
+    assert "only arm measured" in alone
+    failed = Record(Arm("tome", "w", {"name": "tome"}), 0.8, 0, status="failed")
+    (nothing,) = headline(groups_of(failed))
+    assert "no arm has a measured quality" in nothing and "1 arm gave no result" in nothing
+
+
+def test_excess_loss_decides_where_there_is_no_kid() -> None:
+    records = [
+        replace(record, quality={"excess_loss": record.quality["excess_loss"]})
+        for record in (make_record("a", excess=0.004), make_record("b", excess=0.001))
+    ]
+    (sentence,) = headline(summarise(records))
+    assert "b has the lowest excess loss" in sentence
+
+
+def test_seeds_give_a_mean_a_spread_and_a_hull() -> None:
+    records = [make_record(seed=seed, kid=kid) for seed, kid in enumerate((1.0, 2.0, 3.0))]
+    ((row,),) = (group.rows for group in summarise(records))
+    figure = row.figures["kid_lite0"]
+    assert (figure.value, figure.spread, figure.seeds) == (2.0, 1.0, 3)
+    assert figure.interval == pytest.approx((0.7, 3.3))
+    assert row.figures["ratio, batch 1, eager"].value == pytest.approx(0.85)
+
+
+def test_a_failed_seed_is_counted_beside_the_measured_ones(tmp_path: Path) -> None:
+    write_record(tmp_path, make_record(seed=0))
+    write_record(tmp_path, make_record(seed=1, status="cancelled", message="stopped by hand", kid=99.0))
+    paths = write_report(tmp_path)
+    html = paths.html.read_text(encoding="utf-8")
+    assert "1 of 2 seeds" in html and "stopped by hand" in html
+    assert "99.00" not in html
+
+
+def test_what_does_not_compare_is_said() -> None:
+    assert notices([make_record("a"), make_record("b")]) == []
+    (n,) = notices([make_record("a"), make_record("b", n=100)])
+    assert "number of samples (500, 100)" in n
+    (off,) = notices([make_record("a", fraction=0.75)])
+    assert "a-80-s0 costs 0.750" in off
+    (seeds,) = notices([make_record("a"), make_record("a", seed=1), make_record("b")])
+    assert "same seeds" in seeds
+
+
+def test_nothing_measured_still_makes_a_report(tmp_path: Path) -> None:
+    write_record(tmp_path, Record(Arm("todo", "w", {"name": "todo"}), 0.6, 0, status="unreachable", message="too dear"))
+    html = write_report(tmp_path).html.read_text(encoding="utf-8")
+    found = outline(html)
+    assert "too dear" in html and "Quality against cost" not in found.headings
+
+
+def test_missing_and_broken_images(tmp_path: Path) -> None:
+    write_record(tmp_path, make_record(images={"samples": "images/a.png"}))
+    assert "images/a.png is missing" in write_report(tmp_path).html.read_text(encoding="utf-8")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("no picture")
+    with pytest.raises(DiffratioError, match="not a PNG"):
+        write_report(tmp_path)
+    (tmp_path / "images" / "a.png").unlink()
+    png(tmp_path.parent / "outside.png", 4, 4)
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path.parent / "outside.png")
+    with pytest.raises(DiffratioError, match="outside"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("library", ["jinja2", "matplotlib.figure"])
+def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    write_record(tmp_path, make_record())
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(DiffratioError, match=r"pip install diffratio\[report\]"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    a, b, c, d = (plots.Point(n, x, y) for n, x, y in (("a", 1, 5), ("b", 2, 3), ("c", 2, 4), ("d", 3, 3)))
+    assert plots.pareto_front([d, c, b, a]) == [a, b]
+
+
+def test_a_heat_map_shows_every_bin() -> None:
+    svg = plots.heat_map([[10, 4], [0, 7], [3, 3]], "x", "a & b")
+    root = ElementTree.fromstring(svg)
+    assert root.attrib["aria-label"] == "a & b"
+    shown = sorted(int(e.text or "") for e in root.iter() if e.tag.endswith("text") and (e.text or "").isdigit())
+    assert shown == sorted([10, 4, 0, 7, 3, 3] + [0, 1] + [0, 1, 2])
+    for value in (10, 4, 0, 7, 3):
+        assert plots.BIN_COLOURS[value] in svg
+
+
+def test_equal_costs_are_drawn_apart_and_others_stay() -> None:
+    points = [plots.Point("a", 0.798, 2), plots.Point("b", 0.797, 1), plots.Point("c", 1.0, 3)]
+    a, b, c = plots._spread(points)
+    assert c == 1.0 and 0 < b - a < 0.02 and (a + b) / 2 == pytest.approx(0.7975)
