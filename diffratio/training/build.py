@@ -1,0 +1,229 @@
+"""From plain settings to the objects of a job: data, transformer, method, module, trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from diffratio import surgery
+from diffratio.backbones import backbone_of, get_backbone
+from diffratio.checkpoint import load_transformer
+from diffratio.data.images import ImageData
+from diffratio.errors import DiffratioError, unknown
+from diffratio.files import atomic_file, read_json
+from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods
+from diffratio.objectives import get_objective
+from diffratio.routing.schedule import KeepSchedule
+from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
+from diffratio.training.logs import RunCSVLogger
+from diffratio.training.module import Training, dense_copy
+from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
+
+T = TypeVar("T")
+Config = Mapping[str, Any]
+
+
+def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
+    """A settings dataclass from a config section.
+
+    Raises:
+        DiffratioError: unknown key, or a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise unknown(f"key of {section}", key, fields)
+        default = fields[key].default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(default, tuple):
+            value = tuple(value)
+        if type(value) is not type(default):
+            raise DiffratioError(
+                f"{section}.{key} is {value!r}, a {type(value).__name__}; it takes a {type(default).__name__}"
+            )
+        chosen[key] = value
+    return cls(**chosen)
+
+
+def build_data(cfg: Config) -> ImageData:
+    """The data module."""
+    try:
+        return ImageData(**cfg["data"])
+    except TypeError as error:
+        raise DiffratioError(f"data: {error}") from None
+
+
+def build_transformer(cfg: Config, data: ImageData | None = None) -> nn.Module:
+    """The dense transformer, fp32, checked against the data."""
+    settings = cfg["backbone"]
+    backbone = get_backbone(settings["name"])
+    if settings["source"]:
+        transformer = load_transformer(settings["source"])
+        if surgery.is_applied(transformer):
+            raise DiffratioError(
+                f"backbone.source={settings['source']!r} is a routed checkpoint; training starts from a dense one"
+            )
+    elif settings["config"]:
+        transformer = backbone.from_config(settings["config"])
+    else:
+        raise DiffratioError("backbone needs a source (a checkpoint) or a config (random weights); both are null")
+    if not backbone.matches(transformer):
+        raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
+    if data is not None:
+        size, channels = cfg["data"]["image_size"], cfg["data"]["channels"]
+        backbone.grid(transformer, torch.empty(1, channels, size, size, device="meta"))
+        config: Any = transformer.config
+        if size != config.sample_size:
+            raise DiffratioError(
+                f"data.image_size={size} does not fit a model of sample_size {config.sample_size}; set data.image_size"
+            )
+        if channels != config.in_channels:
+            raise DiffratioError(
+                f"data.channels={channels} does not fit a model of {config.in_channels} input channels; "
+                "set data.channels"
+            )
+        if cfg["data"]["num_classes"] != backbone.null_label(transformer):
+            raise DiffratioError(
+                f"data.num_classes={cfg['data']['num_classes']} does not fit a model of "
+                f"{backbone.null_label(transformer)} classes; set data.num_classes"
+            )
+    if settings["gradient_checkpointing"]:
+        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    return transformer
+
+
+def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) -> MethodConfig:
+    """The method's config; presets without a schedule are solved for the budget."""
+    values = dict(cfg["method"])
+    name = values.get("name", "")
+    cls = get_method(name)
+    if not cls.learned and name != "dense":
+        trainable = ", ".join(["dense", *(one for one in methods() if get_method(one).learned)])
+        raise DiffratioError(f"method {name!r} is training-free; train takes {trainable}, compare takes every method")
+    if isinstance(values.get("schedule"), str):
+        document = read_json(values["schedule"], "method.schedule")
+        values["schedule"] = document.get("method", document).get("schedule", document)
+    backbone = backbone_of(transformer)
+    guidance = "cfg" if budget.guidance else "none"
+    run = backbone.default_run(transformer, budget.steps, guidance)  # type: ignore[arg-type]
+    given = {key for key, value in values.items() if value is not None} - {"name"}
+    if cls.learned and name != "diffcr" and not given:
+        return cls.for_budget(backbone.describe(transformer), run, budget.target)
+    return config_from_json({key: value for key, value in values.items() if value is not None})
+
+
+def build_module(cfg: Config, data: ImageData | None) -> Training:
+    """The LightningModule with its transformer, method, objective and teacher."""
+    budget = typed(BudgetSettings, cfg["budget"], "budget")
+    optimizer = typed(OptimizerSettings, cfg["optimizer"], "optimizer")
+    objective_cfg = dict(cfg["objective"])
+    shared = {key: objective_cfg.pop(key) for key in ("timesteps", "distill")}
+    loss = typed(LossSettings, {**shared, "seed": cfg["seed"]}, "objective")
+    objective = get_objective(objective_cfg.pop("name"), **objective_cfg)
+    torch.manual_seed(cfg["seed"])
+    transformer = build_transformer(cfg, data)
+    method = build_method(cfg, transformer, budget)
+    teacher = dense_copy(transformer) if loss.distill else None
+    surgery.apply_(transformer, method, seed=cfg["seed"])
+    backbone = backbone_of(transformer)
+    run = backbone.default_run(transformer, budget.steps, "cfg" if budget.guidance else "none")
+    schedule = getattr(method, "schedule", None)
+    if isinstance(schedule, KeepSchedule):
+        run = schedule.run
+    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, cfg["callbacks"]["probe_n"])
+    if module.learning_ratios:
+        assert module.keep_ratios is not None
+        lowest = module.projection.lowest(*module.keep_ratios.rho.shape)
+        if budget.target < lowest:
+            raise DiffratioError(
+                f"budget.target={budget.target:g} cannot be reached: with every keep ratio at 0.1 this model still "
+                f"costs {lowest:.3f} of the dense MACs; set budget.target to at least {lowest:.3f}"
+            )
+    return module
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes aside and renames, so that the last good checkpoint stays good."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Saves whole or not at all."""
+        with atomic_file(Path(path)) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+
+
+def build_logger(cfg: Config, folder: Path) -> Any:
+    """CSV, TensorBoard or wandb."""
+    from lightning.pytorch import loggers
+
+    settings = dict(cfg["logger"])
+    name = settings.pop("name")
+    if name == "csv":
+        return RunCSVLogger(folder)
+    if name == "tensorboard":
+        try:
+            return loggers.TensorBoardLogger(folder, name="logs", version="")
+        except ModuleNotFoundError:
+            raise DiffratioError("logger=tensorboard needs TensorBoard: pip install diffratio[tensorboard]") from None
+    if name == "wandb":
+        return loggers.WandbLogger(save_dir=folder, name=cfg["name"], **settings)
+    raise unknown("logger", name, ("csv", "tensorboard", "wandb"))
+
+
+def best_precision(accelerator: str) -> str:
+    """bf16 where the hardware multiplies it, fp32 elsewhere: an AVX2 processor is 200 times slower in bf16."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Trainer:
+    """Lightning's Trainer with our callbacks."""
+    settings, callbacks = dict(cfg["trainer"]), cfg["callbacks"]
+    for key in ("max_steps", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps"):
+        if type(settings[key]) is not int or settings[key] < 1:
+            raise DiffratioError(f"trainer.{key} {settings[key]!r} must be an integer of at least 1")
+    chosen: list[Any] = []
+    if optimizer.ema:
+        chosen.append(WeightAverage(optimizer.ema))
+    chosen += [
+        Throughput(),
+        RatioLog(folder, callbacks["ratios_every"]),
+        Pictures(folder, callbacks["pictures_every"], callbacks["pictures_n"], cfg["budget"]["steps"]),
+        ModelCheckpoint(
+            dirpath=folder / "checkpoints",
+            filename="last",
+            enable_version_counter=False,
+            every_n_train_steps=callbacks["checkpoint_every"] or settings["max_steps"],
+        ),
+    ]
+    if settings["enable_progress_bar"]:
+        chosen.append(TQDMProgressBar(refresh_rate=max(1, settings["log_every_n_steps"] // 2)))
+    if settings["precision"] == "auto":
+        settings["precision"] = best_precision(settings["accelerator"])
+    # a validation interval beyond the end would never come: validate once, at the end
+    settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
+    settings["val_check_interval"] *= settings["accumulate_grad_batches"]
+    logger = build_logger(cfg, folder)
+    try:
+        return Trainer(
+            **settings,
+            check_val_every_n_epoch=None,
+            logger=logger,
+            callbacks=chosen,
+            default_root_dir=folder,
+            plugins=[AtomicCheckpointIO()],
+        )
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        raise DiffratioError(f"trainer: {error}; mend the keys of trainer") from None

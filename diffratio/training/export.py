@@ -1,0 +1,107 @@
+"""From a trained module, or a resumable checkpoint of one, to a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from diffratio.checkpoint import export
+from diffratio.errors import DiffratioError
+from diffratio.objectives.validation import region_losses
+from diffratio.sampling.schedulers import make_scheduler
+from diffratio.training.build import build_data, build_module
+from diffratio.training.module import Training
+
+
+def card_of(plain: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The card of a run's checkpoint."""
+    flow = plain["objective"]["name"] == "flow"
+    return {
+        "name": plain["name"],
+        "backbone": plain["backbone"]["name"],
+        "objective": plain["objective"]["name"],
+        "sampler": {
+            "name": "flow_euler" if flow else "ddim",
+            "steps": plain["budget"]["steps"],
+            "guidance_scale": 2.0 if plain["budget"]["guidance"] else 1.0,
+        },
+        "data": plain["data"]["name"] or plain["data"]["source"],
+        "class_names": result.get("class_names", []),
+        "training": {
+            "method": plain["method"]["name"],
+            "base": plain["backbone"]["source"],
+            "steps": result.get("steps"),
+            "batch_size": plain["data"]["batch_size"],
+            "optimizer": plain["optimizer"],
+            "objective": plain["objective"],
+            "budget": plain["budget"],
+            "seed": plain["seed"],
+            "seconds": result.get("seconds"),
+        },
+        "metrics": {
+            key: result[key] for key in ("val_loss", "val_loss_regions", "macs_fraction", "rounding") if result.get(key)
+        },
+        "licence": "Apache-2.0",
+        "reproduce": f"diffratio train experiment={plain['name']} seed={plain['seed']}",
+    }
+
+
+@torch.no_grad()
+def final_losses(module: Training, data: Any, n: int) -> Tensor:
+    """Validation losses (n, 4) of the module as it is, on the first held-out images, at fixed noise."""
+    images, labels = data.held_out(min(n, data.held_out_size))
+    module.transformer.eval()
+    return region_losses(module.predict, module.objective, images.to(module.device), labels.to(module.device))
+
+
+def export_module(module: Training, out: Path, card: dict[str, Any], dtype: torch.dtype | None = None) -> Path:
+    """Writes a module's transformer as a checkpoint folder."""
+    sampler = make_scheduler(card["sampler"]["name"], card["objective"])
+    return export(module.transformer, out, card=card, scheduler=sampler, dtype=dtype)
+
+
+def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str | None) -> dict[str, Any]:
+    """Rebuilds a run from its config and last checkpoint, and exports it.
+
+    Raises:
+        DiffratioError: no checkpoint, a damaged one, or ratios that are not frozen yet.
+    """
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise DiffratioError(f"{str(folder)!r} has no checkpoint yet (checkpoints/last.ckpt); train it first")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, callbacks = saved["state_dict"], saved["callbacks"]
+    except Exception as error:  # torch raises several kinds for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DiffratioError(f"checkpoint {str(path)!r} cannot be read ({reason})") from None
+    data = build_data(plain)
+    module = build_module(plain, data)
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(state)
+    average = callbacks.get("WeightAverage")
+    if average:
+        ema = EMAModel(module.averaged())
+        ema.load_state_dict(average)
+        ema.copy_to(module.averaged())
+    if module.learning_ratios:
+        raise DiffratioError(
+            f"the keep ratios of {str(folder)!r} are still learned (step {saved['global_step']}); "
+            "resume with ckpt_path=last until they are frozen, then export"
+        )
+    result: dict[str, Any] = {}
+    result_file = folder / "result.json"
+    if result_file.is_file():
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+    precision = getattr(torch, dtype) if dtype else None
+    written = export_module(module, out, card_of(plain, {"steps": saved["global_step"], **result}), precision)
+    return {
+        "out": str(written),
+        "steps": saved["global_step"],
+        "macs_fraction": module.method.macs(module.run).fraction,
+    }

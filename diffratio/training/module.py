@@ -1,0 +1,270 @@
+"""The LightningModule: one step from batch to ratios brought back onto the budget."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from diffratio.backbones import backbone_of
+from diffratio.cost.macs import CostTable, macs_table
+from diffratio.cost.run import SamplingRun
+from diffratio.errors import DiffratioError
+from diffratio.methods.diffcr import DiffCRMethod
+from diffratio.methods.routed import RoutedMethod
+from diffratio.objectives import NoisePrediction, Objective, noise_levels, sample_draws
+from diffratio.objectives.validation import region_losses
+from diffratio.routing.ratios import BudgetProjection
+from diffratio.routing.schedule import KeepSchedule
+from diffratio.surgery import attachment, drop_root_module_
+from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
+
+_HARM_MEMORY = 0.95
+
+
+class Training(LightningModule):
+    """Fine-tunes (or pretrains) one transformer with a method applied.
+
+    Args:
+        transformer: with a method applied (`Dense` for plain training).
+        objective: what is predicted.
+        loss: timesteps, distillation, seed.
+        optimizer: groups and rates.
+        budget: the budget of learned ratios; unused otherwise.
+        run: the sampling run that the budget refers to.
+        teacher: the frozen dense model, where there is distillation.
+        probe_n: held-out pictures for the loss before and after rounding.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        objective: Objective,
+        loss: LossSettings,
+        optimizer: OptimizerSettings,
+        budget: BudgetSettings,
+        run: SamplingRun,
+        teacher: nn.Module | None = None,
+        probe_n: int = 100,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.objective = transformer.train(), objective
+        self.loss, self.optimizer_settings, self.budget, self.run = loss, optimizer, budget, run
+        # in a list: the teacher is neither trained nor saved
+        self._teacher = [teacher.requires_grad_(False).eval()] if teacher is not None else []
+        self.backbone = backbone_of(transformer)
+        self.method = attachment(transformer).token_method
+        self.costs: CostTable = macs_table(self.method.description, run)
+        self.keep_ratios = self.method.ratios if isinstance(self.method, DiffCRMethod) else None
+        self.projection = BudgetProjection(self.costs)
+        shape = self.keep_ratios.rho.shape if self.keep_ratios is not None else (1, 1)
+        self.register_buffer("harm", torch.zeros(shape))
+        self.harm: Tensor
+        if optimizer.weights == "none":
+            for name, parameter in transformer.named_parameters():
+                parameter.requires_grad_(".router." in name or name.startswith("keep_ratios"))
+        self.rounding: dict[str, float] = {}
+        self.probe_n = probe_n
+
+    @property
+    def learning_ratios(self) -> bool:
+        """Whether the ratios are still learned."""
+        return isinstance(self.method, DiffCRMethod) and self.method.ratios is not None
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters: weights, routers, ratios."""
+        groups: dict[str, list[nn.Parameter]] = {"weights": [], "routers": [], "ratios": []}
+        for name, parameter in self.transformer.named_parameters():
+            if name.startswith("keep_ratios") or not parameter.requires_grad:
+                continue
+            groups["routers" if ".router." in name else "weights"].append(parameter)
+        if self.keep_ratios is not None:
+            groups["ratios"] = [self.keep_ratios.rho]
+        return groups
+
+    def averaged(self) -> list[nn.Parameter]:
+        """What the moving average follows."""
+        groups = self.groups()
+        return groups["weights"] + groups["routers"]
+
+    def predict(self, inputs: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
+        """The transformer's output (B, C, H, W) at noise levels (B,)."""
+        return self._forward(self.transformer, inputs, levels, labels)
+
+    def _forward(self, transformer: nn.Module, inputs: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
+        timestep = self.backbone.timestep(levels)
+        if isinstance(self.objective, NoisePrediction):
+            timestep = timestep.round().clamp(max=self.objective.steps - 1).long()
+        return transformer(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Noise, predict, compare; the loss is logged with its parts."""
+        clean, positions = batch["images"], batch["positions"].tolist()
+        uniform, noise = sample_draws(self.loss.seed, positions, clean.shape[1:])
+        regions = self.method.region_count if isinstance(self.method, RoutedMethod) else 4
+        together = len(positions) * self.trainer.world_size
+        levels = noise_levels(self.objective, uniform, positions, together, self.loss.timesteps, regions)
+        levels = levels.to(clean.device)
+        noised = self.objective.noised(clean, noise.to(clean.device), levels)
+        output = self.predict(noised.inputs, levels, batch["labels"])
+        loss = self.objective.losses(output, noised).mean()
+        self.log("train/diffusion_loss", loss.detach(), prog_bar=True)
+        if self._teacher:
+            with torch.no_grad():
+                taught = self._forward(self._teacher[0].to(clean.device), noised.inputs, levels, batch["labels"])
+            student, taught = (self.objective.prediction(one, clean.shape[1]).float() for one in (output, taught))
+            distance = (student - taught).square().mean()
+            self.log("train/distill_loss", distance.detach())
+            loss = loss + self.loss.distill * distance
+        if self.keep_ratios is not None and not self.learning_ratios:
+            loss = loss + 0 * self.keep_ratios.rho.sum()  # DDP refuses parameters without gradient
+        if not torch.isfinite(loss):
+            raise DiffratioError(
+                f"the loss is {float(loss)} at step {self.global_step} (samples {positions[0]}..{positions[-1]}); "
+                "lower optimizer.lr, or resume the last checkpoint with ckpt_path=last"
+            )
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Loss at fixed noise, by region."""
+        losses = region_losses(self.predict, self.objective, batch["images"], batch["labels"], seed=1 + batch_index)
+        count = len(losses)
+        self.log("val/loss", losses.mean(), prog_bar=True, batch_size=count, sync_dist=True)
+        for region, value in enumerate(losses.mean(0)):
+            self.log(f"val/loss_region{region}", value, batch_size=count, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """One AdamW, three groups, one schedule."""
+        settings, groups = self.optimizer_settings, self.groups()
+        if not any(groups.values()):
+            raise DiffratioError(
+                f"optimizer.weights={settings.weights!r} with method {self.method.name!r} leaves nothing to train; "
+                "set optimizer.weights=all, or choose a method with routers"
+            )
+        rates = {"weights": settings.lr, "routers": settings.router_lr, "ratios": settings.ratio_lr}
+        decays = {"weights": settings.weight_decay, "routers": 0.0, "ratios": 0.0}
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": members, "lr": rates[name], "weight_decay": decays[name], "name": name}
+                for name, members in groups.items()
+                if members
+            ],
+            betas=settings.betas,
+        )
+        total = max(1, self.trainer.max_steps)
+
+        def scale(step: int) -> float:
+            ramp = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+            if settings.schedule == "cosine":
+                ramp *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+            return ramp
+
+        def steady(step: int) -> float:
+            return 1.0
+
+        schedules: list[Any] = [steady if group["name"] == "ratios" else scale for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Clips weights and routers; the ratios lose the component along the cost instead."""
+        if self.optimizer_settings.clip:
+            groups = self.groups()
+            norm = nn.utils.clip_grad_norm_(groups["weights"] + groups["routers"], self.optimizer_settings.clip)
+            self.log("train/grad_norm", norm)
+        if self.learning_ratios:
+            assert self.keep_ratios is not None
+            if self.keep_ratios.rho.grad is not None:
+                gradient = self.keep_ratios.rho.grad
+                self.harm.mul_(_HARM_MEMORY).sub_((1 - _HARM_MEMORY) * gradient)
+                self.log("ratios/grad_norm", gradient.norm())
+            self.projection.remove_component_(self.keep_ratios)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step, then the ratios back onto the present target, then the freeze when it is due."""
+        super().optimizer_step(*args, **kwargs)
+        if not self.learning_ratios:
+            return
+        assert self.keep_ratios is not None
+        # Lightning counts the step after this hook
+        step = self.trainer.global_step + 1
+        progress = step / max(1, self.trainer.max_steps)
+        reached = self.projection.project_(self.keep_ratios, self.budget.at(progress))
+        self.log("ratios/budget", reached, prog_bar=True)
+        self.log("ratios/mean", self.keep_ratios.rho.detach().mean())
+        if progress >= self.budget.freeze:
+            self.freeze_schedule(step)
+
+    def freeze_schedule(self, step: int) -> KeepSchedule:
+        """Rounds the ratios into the budget and fixes the schedule after a step; measures the loss before and after."""
+        method = self.method
+        assert isinstance(method, DiffCRMethod) and self.keep_ratios is not None
+        self.projection.project_(self.keep_ratios, self.budget.target)
+        before = self._probe(interpolated=True)
+        table = method.round_(self.costs, self.budget.target, self.harm.double().tolist())
+        # a last bit that differs between machines must not give two processes two schedules
+        method.bins = table = self.trainer.strategy.broadcast(table)
+        schedule = KeepSchedule(table, self.run, self.budget.target)
+        after = self._probe(interpolated=False)
+        self._fix(schedule)
+        fraction = self.costs.fraction(table)
+        self.rounding = {"loss_before": before, "loss_after": after, "macs": fraction, "step": float(step)}
+        self.print(
+            f"keep ratios frozen at step {step}: MACs {fraction:.4f} of dense "
+            f"(target {self.budget.target:g}), loss {before:.4f} before rounding, {after:.4f} after"
+        )
+        return schedule
+
+    def _fix(self, schedule: KeepSchedule) -> None:
+        assert isinstance(self.method, DiffCRMethod)
+        self.method.freeze_(schedule)
+        drop_root_module_(self.transformer, "keep_ratios")
+
+    @torch.no_grad()
+    def _probe(self, interpolated: bool) -> float:
+        """Loss on a few held-out images at fixed noise; interpolated or rounded."""
+        assert isinstance(self.method, DiffCRMethod)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        images, labels = data.held_out(min(self.probe_n, data.held_out_size))
+        was = self.transformer.training
+        self.transformer.eval()
+        self.method.interpolate_in_eval = interpolated
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                losses = region_losses(self.predict, self.objective, images.to(self.device), labels.to(self.device))
+        finally:
+            self.method.interpolate_in_eval = False
+            self.transformer.train(was)
+        return float(losses.mean())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The frozen schedule travels as plain data."""
+        schedule = self.method.config.schedule if isinstance(self.method, RoutedMethod) else None
+        learned = self.keep_ratios is not None and schedule is not None
+        checkpoint["diffratio"] = {
+            "schedule": schedule.to_json() if learned and schedule else None,
+            "rounding": dict(self.rounding),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Freezes first where the saved job had frozen."""
+        saved = checkpoint.get("diffratio") or {}
+        self.rounding = dict(saved.get("rounding") or {})
+        if saved.get("schedule") and self.learning_ratios:
+            self._fix(KeepSchedule.from_json(saved["schedule"]))
+        stored, own = checkpoint["state_dict"], self.state_dict()
+        wrong = sorted(set(stored) ^ set(own)) or [key for key in own if own[key].shape != stored[key].shape]
+        if wrong:
+            raise DiffratioError(
+                f"the checkpoint does not fit this run's backbone and method ({wrong[0]}, {len(wrong)} such entries); "
+                "resume with the settings that it was trained with, or choose another paths.output_dir"
+            )
+
+
+def dense_copy(transformer: nn.Module) -> nn.Module:
+    """A frozen copy of a dense transformer, as teacher."""
+    return copy.deepcopy(transformer).requires_grad_(False).eval()

@@ -1,0 +1,258 @@
+"""A job from its config: compose, check, train, export. The only room below the entry points that knows Hydra."""
+
+from __future__ import annotations
+
+import resource
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import diffratio
+from diffratio.errors import DiffratioError, unknown
+from diffratio.files import atomic_file, writable_folder, write_json
+
+CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
+
+
+def configs_folder() -> Path:
+    """The config tree: inside the installed package, or beside it in a checkout."""
+    package = Path(diffratio.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Composes a config from the tree and Hydra overrides.
+
+    Raises:
+        DiffratioError: an unknown group member or key (the nearest names are given), or an override that does not parse.
+    """
+    _check_overrides(config_name, overrides)
+    try:
+        return _compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise DiffratioError(f"config {config_name!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_folder().resolve()), version_base="1.3"):
+        return hydra_compose(config_name, overrides)
+
+
+def _check_overrides(config_name: str, overrides: Sequence[str]) -> None:
+    """Finds the first override that names nothing, before Hydra's long error does."""
+    folder = configs_folder()
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise DiffratioError(f"override does not parse: {_first_line(error)}; write key=value") from None
+    groups: list[str] = []
+    values: list[tuple[str, str]] = []
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise DiffratioError(
+                f"{override.input_line}: several values need a multirun: python train.py -m {override.input_line}"
+            )
+        if (folder / key).is_dir():
+            groups.append(str(override.input_line))
+            known = [path.stem for path in (folder / key).glob("*.yaml")]
+            value = override.value()
+            if value is not None and str(value) not in known:
+                raise unknown(key, value, known)
+        elif not override.is_add() and not override.is_delete() and not key.startswith("hydra"):
+            values.append((key, str(override.input_line)))
+    try:
+        base = _compose(config_name, groups)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise DiffratioError(f"config {config_name!r}: {_first_line(error)}") from None
+    keys = _flat(OmegaConf.to_container(base, resolve=False))
+    for key, line in values:
+        if key not in keys:
+            try:
+                raise unknown("config key", key, keys)
+            except DiffratioError as error:
+                short = str(error).split("known are")[0].strip().rstrip(":?").strip()
+                raise DiffratioError(f"{short}? ({line}); `diffratio show EXPERIMENT` prints every key") from None
+
+
+def _flat(document: Any, prefix: str = "") -> set[str]:
+    keys = set()
+    if isinstance(document, dict):
+        for key, value in document.items():
+            keys |= {f"{prefix}{key}"} | _flat(value, f"{prefix}{key}.")
+    return keys
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """Plain, resolved data of a config; a missing mandatory value is a DiffratioError."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise DiffratioError(f"config: {_first_line(error)}; give it as key=value") from None
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    return plain  # type: ignore[return-value]
+
+
+def check(cfg: DictConfig) -> dict[str, Any]:
+    """Validates an experiment without weights or training.
+
+    Returns:
+        The reachable budgets, MACs by bin, parameters and a memory estimate in MiB.
+    """
+    import torch
+
+    from diffratio.backbones import backbone_of
+    from diffratio.cost.macs import macs_table
+    from diffratio.methods.base import get_method
+    from diffratio.routing.schedule import constant_table
+    from diffratio.training.build import build_data, build_method, build_transformer, typed
+    from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
+
+    plain = plain_config(cfg)
+    budget = typed(BudgetSettings, plain["budget"], "budget")
+    typed(OptimizerSettings, plain["optimizer"], "optimizer")
+    typed(LossSettings, {k: plain["objective"][k] for k in ("timesteps", "distill")}, "objective")
+    data = build_data(plain)
+    with torch.no_grad():
+        transformer = build_transformer(plain, data)
+    backbone = backbone_of(transformer)
+    method = build_method(plain, transformer, budget)
+    description = backbone.describe(transformer)
+    run = backbone.default_run(transformer, budget.steps, "cfg" if budget.guidance else "none")
+    costs = macs_table(description, run)
+    lowest = costs.fraction(constant_table(description.layers, 1, 1))
+    if get_method(method.method.name).learned and budget.target < lowest:
+        raise DiffratioError(f"budget.target={budget.target:g} is below the {lowest:.3f} that every bin at 1 costs")
+    parameters = sum(p.numel() for p in transformer.parameters())
+    batch, tokens = plain["data"]["batch_size"], run.grid.tokens
+    # weights, gradients, two Adam moments and the average in fp32; about 34 channels' worth of activations a block
+    state = parameters * 4 * 5
+    activations = batch * tokens * description.width * 34 * description.layers * 2
+    return {
+        "experiment": plain["name"],
+        "method": method.method.name,
+        "tokens": tokens,
+        "layers": description.layers,
+        "parameters": parameters,
+        "budget": {"target": budget.target, "reachable": [lowest, 1.0]},
+        "macs": {
+            "dense_forward": description.dense(run) // (run.steps * run.halves),
+            "dense_run": description.dense(run),
+            "block_by_bin": [int(value) for value in costs.cells[0]],
+        },
+        "memory_mib": {"state": round(state / 2**20), "activations": round(activations / 2**20)},
+    }
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Trains, freezes, exports; resumes with `ckpt_path=last`.
+
+    Returns:
+        What `result.json` in the run folder holds.
+
+    Raises:
+        DiffratioError: bad settings, or a run folder that holds another run.
+    """
+    from diffratio.training.build import build_data, build_module, build_trainer
+
+    plain = plain_config(cfg)
+    started = time.perf_counter()
+    folder = writable_folder(plain["paths"]["output_dir"])
+    last = folder / "checkpoints" / "last.ckpt"
+    resume: str | None = None
+    if plain["ckpt_path"] == "last":
+        resume = str(last) if last.is_file() else None
+    elif plain["ckpt_path"]:
+        if not Path(plain["ckpt_path"]).is_file():
+            raise DiffratioError(f"ckpt_path={plain['ckpt_path']!r} is no file; `last` resumes the run folder")
+        resume = str(plain["ckpt_path"])
+    elif last.is_file():
+        raise DiffratioError(
+            f"run folder {str(folder)!r} holds a run already; resume it with ckpt_path=last, "
+            "or choose another paths.output_dir"
+        )
+    data = build_data(plain)
+    data.setup()
+    module = build_module(plain, data)
+    trainer = build_trainer(plain, folder, module.optimizer_settings)
+    with atomic_file(folder / CONFIG_FILE) as path:
+        path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not resumable.*|.*does not have many workers.*|.*__len__.*")
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if module.learning_ratios:
+        module.freeze_schedule()
+    trainer.save_checkpoint(last)
+    seconds = time.perf_counter() - started
+    result = _finish(plain, module, trainer, folder, seconds)
+    if trainer.is_global_zero:
+        write_json(folder / RESULT_FILE, result)
+    return result
+
+
+def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seconds: float) -> dict[str, Any]:
+    """Puts the average in, measures the last validation loss and exports."""
+    from diffratio.training.callbacks import WeightAverage
+    from diffratio.training.export import card_of, export_module, final_losses
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightAverage):
+            callback.swap_in(module)
+    losses = final_losses(module, trainer.datamodule, plain["callbacks"]["final_n"])
+    cost = module.method.macs(module.run)
+    result = {
+        "name": plain["name"],
+        "method": module.method.name,
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 1),
+        "macs_fraction": cost.fraction,
+        "budget": plain["budget"]["target"],
+        "schedule": [list(row) for row in getattr(module.method, "bins", ())] or None,
+        "rounding": module.rounding or None,
+        "val_loss": float(losses.mean()),
+        "val_loss_regions": [float(value) for value in losses.mean(0)],
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "export": str(folder / "export"),
+    }
+    if trainer.is_global_zero:
+        export_module(module, folder / "export", card_of(plain, result))
+    return result
+
+
+def export_run(run_folder: str, out: str, dtype: str | None = None) -> dict[str, Any]:
+    """Exports a run from its last checkpoint, moving average first.
+
+    Raises:
+        DiffratioError: the folder holds no run, or its ratios are not frozen yet.
+    """
+    from diffratio.training.export import export_checkpoint
+
+    folder = Path(run_folder)
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise DiffratioError(
+            f"{run_folder!r} is no run folder (it has no {CONFIG_FILE}); give the folder that train wrote"
+        )
+    plain = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+    assert isinstance(plain, dict)
+    return export_checkpoint(plain, folder, Path(out), dtype)  # type: ignore[arg-type]

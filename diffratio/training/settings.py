@@ -1,0 +1,113 @@
+"""Typed settings of a training job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffratio.errors import DiffratioError, unknown
+from diffratio.methods.base import check_budget
+from diffratio.objectives.draws import TIMESTEPS
+
+UNITS = ("macs", "mean_ratio")
+TRAINABLE = ("all", "none")
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """What a learned schedule may cost.
+
+    Args:
+        target: fraction of the dense run's MACs; lower keeps fewer tokens.
+        steps: sampling steps of the run that the budget refers to.
+        guidance: whether that run has both guidance halves.
+        anneal: fraction of the training steps over which the target falls from 1.
+        freeze: fraction of the training steps after which the ratios are rounded and fixed.
+    """
+
+    target: float = 0.8
+    steps: int = 20
+    guidance: bool = True
+    anneal: float = 0.3
+    freeze: float = 0.5
+
+    def __post_init__(self) -> None:
+        try:
+            check_budget(self.target)
+        except DiffratioError as error:
+            raise DiffratioError(f"budget.target: {error}") from None
+        if self.steps < 1:
+            raise DiffratioError(f"budget.steps {self.steps!r} must be at least 1")
+        for name in ("anneal", "freeze"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DiffratioError(
+                    f"budget.{name} {getattr(self, name)!r} is outside [0, 1]; it is a fraction of the steps"
+                )
+        if self.freeze < self.anneal:
+            raise DiffratioError(f"budget.freeze ({self.freeze}) lies before budget.anneal ({self.anneal})")
+
+    def at(self, fraction: float) -> float:
+        """The target at a fraction of the training."""
+        if self.anneal == 0:
+            return self.target
+        return 1 - (1 - self.target) * min(1.0, fraction / self.anneal)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with a group each for weights, routers and ratios.
+
+    Args:
+        weights: `all` trains the transformer's own weights, `none` only routers and ratios.
+        lr: learning rate of the weights.
+        weight_decay: of the weights; routers and ratios have none.
+        router_lr: learning rate of the routers.
+        ratio_lr: learning rate of the ratios; its unit is keep ratio a step.
+        betas: Adam's.
+        warmup: steps of linear warm-up.
+        schedule: `constant`, or `cosine` down to 0 at the last step.
+        clip: largest norm of the gradient of weights and routers; 0 is off.
+        ema: decay of the exponential moving average of weights and routers; 0 is off.
+    """
+
+    weights: str = "all"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    router_lr: float = 1e-3
+    ratio_lr: float = 8e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup: int = 0
+    schedule: str = "constant"
+    clip: float = 1.0
+    ema: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.weights not in TRAINABLE:
+            raise unknown("optimizer.weights", self.weights, TRAINABLE)
+        if self.schedule not in ("constant", "cosine"):
+            raise unknown("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        for name in ("lr", "router_lr", "ratio_lr", "weight_decay", "clip", "warmup"):
+            if getattr(self, name) < 0:
+                raise DiffratioError(f"optimizer.{name} {getattr(self, name)!r} must not be negative")
+        if not 0 <= self.ema < 1:
+            raise DiffratioError(f"optimizer.ema {self.ema!r} is outside [0, 1)")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What is minimised, beside the objective's own settings.
+
+    Args:
+        timesteps: `iid`, `stratified` or `one_region`.
+        distill: weight of the MSE to the frozen dense model's prediction; 0 is off.
+        seed: of noise and levels.
+    """
+
+    timesteps: str = "stratified"
+    distill: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.timesteps not in TIMESTEPS:
+            raise unknown("objective.timesteps", self.timesteps, TIMESTEPS)
+        if self.distill < 0:
+            raise DiffratioError(f"objective.distill {self.distill!r} must not be negative")

@@ -1,0 +1,23 @@
+"""Hydra entry: python train.py experiment=fashion_diffcr budget.target=0.8 (the same as `diffratio train`)."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from diffratio.errors import DiffratioError
+from diffratio.training.run import train
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Trains; bad input is one line and exit code 2."""
+    try:
+        train(cfg)
+    except DiffratioError as error:
+        print(f"diffratio: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
