@@ -1,0 +1,41 @@
+# `make demo`: set up, then fine-tune, export, sample and compare on the embedded data.
+# `make test`: set up, then linter, types and tests.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   := outputs/demo
+SHELL  := /bin/bash
+# two processes on two cores stall each other when idle threads spin
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test clean
+
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 2; }
+	@start=$$(date +%s); test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e ".[metrics,report$(if $(findstring dev,$@),$(comma)dev)]" && touch $@ && \
+	echo "set up in $$(( $$(date +%s) - start )) s"
+
+comma := ,
+
+demo: $(VENV)/.demo
+	@rm -rf $(DEMO)
+	@start=$$(date +%s); set -e; \
+	$(BIN)/diffratio train experiment=fashion_demo paths.output_dir=$(DEMO)/train; \
+	trained=$$(date +%s); echo "fine-tuned in $$(( trained - start )) s"; \
+	$(BIN)/diffratio export $(DEMO)/train --out $(DEMO)/routed --dtype float16; \
+	$(BIN)/diffratio sample $(DEMO)/routed --n 20 --out $(DEMO)/samples.png; \
+	$(BIN)/diffratio compare routed=[$(DEMO)/routed] methods=[fewer_steps,tome] budgets=[0.8] n=60 validation_n=100 \
+	  latency_batches=[1] latency_repeats=5 block_repeats=5 paths.output_dir=$(DEMO)/compare; \
+	echo "demo done in $$(( $$(date +%s) - start )) s: open $(DEMO)/compare/report.html"
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy diffratio train.py
+	$(BIN)/pytest -m "not slow and not gpu"
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info

@@ -1,0 +1,338 @@
+"""The command line: each verb is a function; heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffratio import __version__
+from diffratio.errors import DiffratioError, unknown
+
+KINDS = ("methods", "backbones", "data", "experiments", "checkpoints")
+COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb found.
+
+    Args:
+        document: plain data, printed with `--json`.
+        text: the same for reading; None prints the document as YAML.
+        code: exit code.
+    """
+
+    document: Any
+    text: str | None = None
+    code: int = 0
+
+
+def configs_root() -> Path:
+    """Folder of the configs: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def experiments() -> dict[str, str]:
+    """Name and first comment line of every experiment."""
+    found = {}
+    for path in sorted((configs_root() / "experiment").glob("*.yaml")):
+        lines = (line.lstrip("# ").strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+        found[path.stem] = next((line for line in lines if line and not line.startswith("@")), "")
+    return found
+
+
+def _list(kind: str) -> dict[str, str]:
+    if kind == "methods":
+        from diffratio.catalog import METHODS
+
+        return {name: line for name, (_, line) in METHODS.items()}
+    if kind == "backbones":
+        from diffratio.catalog import FAMILIES
+
+        return {name: line for name, (_, _, line) in FAMILIES.items()}
+    if kind == "data":
+        from diffratio.data.registry import embedded_sets
+
+        return embedded_sets()
+    if kind == "checkpoints":
+        from diffratio.checkpoint import list_checkpoints
+
+        return list_checkpoints()
+    return experiments()
+
+
+def ls(args: argparse.Namespace) -> Answer:
+    """What there is to choose from."""
+    if args.kind is not None and args.kind not in KINDS:
+        raise unknown("kind of thing to list", args.kind, KINDS)
+    found = {kind: _list(kind) for kind in ([args.kind] if args.kind else KINDS)}
+    lines: list[str] = []
+    for kind, members in found.items():
+        width = max(map(len, members), default=0)
+        lines += [f"{kind}:", *(f"  {name:{width}}  {line}".rstrip() for name, line in members.items())]
+        lines += [] if members else ["  none"]
+    return Answer(found, "\n".join(lines))
+
+
+def show(args: argparse.Namespace) -> Answer:
+    """An experiment's composed config, or a checkpoint's card."""
+    known = experiments()
+    if args.name in known:
+        from omegaconf import OmegaConf
+
+        from diffratio.training.run import compose
+
+        config = compose("train", [f"experiment={args.name}"])
+        return Answer(OmegaConf.to_container(config, resolve=False), OmegaConf.to_yaml(config))
+    from diffratio.checkpoint import checkpoints_root, list_checkpoints, read_card
+
+    place, root = Path(args.name), checkpoints_root()
+    if not place.is_dir() and root is not None and "/" not in args.name:
+        place = root / args.name
+    if not place.is_dir():
+        raise unknown("experiment or checkpoint", args.name, [*known, *list_checkpoints()])
+    return Answer(read_card(place).to_json())
+
+
+def check(args: argparse.Namespace) -> Answer:
+    """Composes and validates an experiment, builds it without weights and says what it will cost."""
+    from diffratio.training.run import check, compose
+
+    first = args.experiment if "=" in args.experiment else f"experiment={args.experiment}"
+    return Answer(check(compose("train", [first, *args.overrides])))
+
+
+def train(args: argparse.Namespace) -> Answer:
+    """Trains."""
+    from diffratio.training.run import compose, train
+
+    return Answer(train(compose("train", args.overrides)))
+
+
+def compare(args: argparse.Namespace) -> Answer:
+    """Compares methods on the same backbone, seeds and budget."""
+    from diffratio.training.run import compose, plain_config
+
+    cfg = plain_config(compose("compare", args.overrides))
+
+    from diffratio.data.images import ImageData
+    from diffratio.evaluation.compare import compare_from_config
+
+    return Answer(compare_from_config(cfg, ImageData(**cfg["data"]).held_out))
+
+
+def export(args: argparse.Namespace) -> Answer:
+    """Writes a training run as a checkpoint folder."""
+    from diffratio.training.run import export_run
+
+    return Answer(export_run(args.run, args.out, args.dtype))
+
+
+def sample(args: argparse.Namespace) -> Answer:
+    """Samples pictures from a checkpoint into a PNG grid."""
+    from diffratio.files import atomic_file, writable_folder
+
+    out, npz = Path(args.out), Path(args.npz) if args.npz else None
+    if out.suffix != ".png":
+        raise DiffratioError(f"--out {args.out!r}: pictures are written as PNG, give a name that ends in .png")
+    for path in (out, npz):
+        if path is not None:
+            writable_folder(path.parent)
+    labels = _labels(args.labels)
+    if args.n < 1:
+        raise DiffratioError(f"--n must be at least 1, got {args.n}")
+
+    import torch
+
+    from diffratio.checkpoint import SamplerSettings, load_pipeline, read_card, resolve
+    from diffratio.sampling.generate import generate, sample_grid, save_npz
+
+    place = resolve(args.folder)
+    has_card = isinstance(place, Path) and (place / "card.json").is_file()
+    defaults = read_card(place).sampler if has_card else SamplerSettings()
+    steps = defaults.steps if args.steps is None else args.steps
+    guidance = defaults.guidance_scale if args.guidance is None else args.guidance
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(place, device=_device(device))
+    chosen = None if labels is None else [labels[i % len(labels)] for i in range(args.n)]
+    images = generate(
+        pipe,
+        args.n,
+        seed=args.seed,
+        labels=chosen,
+        batch_size=args.batch_size,
+        steps=steps,
+        guidance_scale=guidance,
+        quiet=args.json,
+    )
+    grid = sample_grid(images, COLUMNS)
+    with atomic_file(out) as temporary:
+        grid.save(temporary, format="PNG")
+    if npz is not None:
+        save_npz(npz, images)
+    document = {
+        "checkpoint": str(place),
+        "n": args.n,
+        "seed": args.seed,
+        "steps": steps,
+        "guidance": guidance,
+        "device": device,
+        "out": str(out),
+        "npz": str(npz) if npz else None,
+    }
+    return Answer(document, f"{args.n} samples in {steps} steps: {out}" + (f" and {npz}" if npz else ""))
+
+
+def _labels(text: str | None) -> list[int | str] | None:
+    if text is None:
+        return None
+    labels = [part.strip() for part in text.split(",")]
+    if not all(labels):
+        raise DiffratioError(f"--labels {text!r} holds an empty name; give class names or numbers such as 0,3,5")
+    return [int(label) if label.isdecimal() else label for label in labels]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise DiffratioError(f"--device {name!r} is not available here; `diffratio doctor` lists the devices") from None
+    return name
+
+
+def doctor(args: argparse.Namespace) -> Answer:
+    """Versions, devices, what is installed and what is missing for what."""
+    from diffratio.doctor import describe, examine
+
+    found = examine()
+    return Answer(found, describe(found), 0 if found["ok"] else 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verbs and their options."""
+    # no defaults here: those of a verb would overwrite what was given before it
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
+    common.add_argument("--debug", action="store_true", help="tracebacks (also DIFFRATIO_DEBUG=1)")
+    main_parser = argparse.ArgumentParser("diffratio", description="Cheaper diffusion transformers.", parents=[common])
+    main_parser.add_argument("--version", action="version", version=f"diffratio {__version__}")
+    verbs = main_parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(function: Callable[[argparse.Namespace], Answer]) -> argparse.ArgumentParser:
+        text = (function.__doc__ or "").strip()
+        one = verbs.add_parser(function.__name__, parents=[common], help=text, description=text)
+        one.set_defaults(function=function)
+        return one
+
+    def overrides(one: argparse.ArgumentParser) -> None:
+        one.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+
+    verb(ls).add_argument("kind", nargs="?", metavar="|".join(KINDS))
+    verb(show).add_argument("name", metavar="NAME")
+    one = verb(check)
+    one.add_argument("experiment", metavar="EXPERIMENT")
+    overrides(one)
+    overrides(verb(train))
+    one = verb(sample)
+    one.add_argument("folder", metavar="FOLDER", help="checkpoint folder, name of one that ships, or hub id")
+    one.add_argument("--n", type=int, default=40, help="number of pictures (default 40)")
+    one.add_argument("--labels", metavar="A,B,C", help="class names or numbers, in turn; default: all classes in turn")
+    one.add_argument("--steps", type=int, help="sampling steps; default: the card's")
+    one.add_argument("--guidance", type=float, help="classifier-free guidance; default: the card's")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--batch-size", type=int, default=64)
+    one.add_argument("--device", help="default: cuda where there is one, else cpu")
+    one.add_argument("--out", default="samples.png", metavar="FILE.png", help="picture grid (default samples.png)")
+    one.add_argument("--npz", metavar="FILE.npz", help="also the pictures as an array")
+    overrides(verb(compare))
+    one = verb(export)
+    one.add_argument("run", metavar="RUN", help="run folder")
+    one.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
+    storage = ("float32", "float16", "bfloat16")
+    one.add_argument("--dtype", choices=storage, help="storage of the weights; routers stay float32")
+    verb(doctor)
+    return main_parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse alone does not allow."""
+    main_parser = parser()
+    args, rest = main_parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
+        args.overrides, rest = [*args.overrides, *rest], []
+    if rest:
+        main_parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.json, args.debug = getattr(args, "json", False), getattr(args, "debug", False)
+    return args
+
+
+def _plain(value: Any) -> Any:
+    """Strict JSON: no NaN, no paths, no arrays."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def _print(answer: Answer, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_plain(answer.document), indent=1, allow_nan=False))
+    elif answer.text is not None:
+        print(answer.text)
+    else:
+        import yaml
+
+        print(yaml.safe_dump(_plain(answer.document), sort_keys=False, allow_unicode=True, width=120).rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Args:
+        argv: words after the program's name; None takes the process's.
+
+    Returns:
+        0 on success, 2 on bad input, 1 on failure, 130 when interrupted.
+    """
+    debug = os.environ.get("DIFFRATIO_DEBUG", "") not in ("", "0")
+    try:
+        args = _parse(argv)
+        debug = debug or args.debug
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            answer = args.function(args)
+        _print(answer, args.json)
+        sys.stdout.flush()
+        return int(answer.code)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 on a wrong word
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        print("diffratio: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has gone; Python must not complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        bad_input = isinstance(error, DiffratioError)
+        kind = "" if bad_input else f"{type(error).__name__}: "
+        print(f"diffratio: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if bad_input else 1
