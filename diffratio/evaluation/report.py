@@ -107,6 +107,13 @@ def write_report(folder: str | Path, title: str = "Comparison") -> ReportPaths:
     return paths
 
 
+# what the excess loss is measured from: equally fine-tuned where the comparison had it, otherwise said to be not
+REFERENCES = {
+    "dense_finetuned": "the dense model with equal fine-tuning (dense_finetuned)",
+    "dense": "the dense model as it is, without the fine-tuning that routed arms had",
+}
+
+
 def _view(folder: Path, records: Sequence[Record], title: str) -> dict[str, Any]:
     """Everything the templates show, already in words."""
     groups = summarise(records)
@@ -118,6 +125,7 @@ def _view(folder: Path, records: Sequence[Record], title: str) -> dict[str, Any]
     legend = Plot("Key to the bins", plots.bin_legend(), "plots/bins.svg") if maps else None
     return {
         "title": title,
+        "reference": REFERENCES["dense_finetuned" if "dense_finetuned" in arms else "dense"],
         "headline": headline(groups),
         "notices": notices(records),
         "ranked": RANKED.get(ranked_metric(groups) or "", "quality"),
