@@ -420,3 +420,13 @@ def test_what_ships_loads() -> None:
         assert is_applied(transformer) == (card.kind == "routed")
         parameters = sum(value.numel() for value in transformer.parameters())
         assert f"| parameters | {parameters:,} |" in Path(checkpoint.resolve(name), "README.md").read_text()
+
+
+def test_a_skeleton_has_the_shapes_and_no_weights(tmp_path: Path) -> None:
+    transformer = get_backbone("dit").tiny()
+    folder = checkpoint.export(transformer, tmp_path / "dense")
+    skeleton = checkpoint.load_skeleton(folder)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert {k: v.shape for k, v in skeleton.state_dict().items()} == {
+        k: v.shape for k, v in transformer.state_dict().items()
+    }

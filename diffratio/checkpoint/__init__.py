@@ -9,7 +9,7 @@ from diffratio.checkpoint.card import Card, SamplerSettings, read_card
 from diffratio.checkpoint.layout import checkpoint_kind, checkpoints_root, list_checkpoints, require_kind, resolve
 
 if TYPE_CHECKING:
-    from diffratio.checkpoint.load import load_pipeline, load_transformer
+    from diffratio.checkpoint.load import load_pipeline, load_skeleton, load_transformer
     from diffratio.checkpoint.save import export
 
 # these import torch and diffusers
@@ -17,6 +17,7 @@ _LAZY = {
     "export": "diffratio.checkpoint.save",
     "load_transformer": "diffratio.checkpoint.load",
     "load_pipeline": "diffratio.checkpoint.load",
+    "load_skeleton": "diffratio.checkpoint.load",
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "export",
     "list_checkpoints",
     "load_pipeline",
+    "load_skeleton",
     "load_transformer",
     "read_card",
     "require_kind",

@@ -45,6 +45,32 @@ def load_transformer(
     return nn.Module.to(transformer, device).eval()
 
 
+def load_skeleton(source: str | Path) -> nn.Module:
+    """The dense transformer of a checkpoint on the meta device: its configuration is read, its weights are not.
+
+    Raises:
+        DiffratioError: no such checkpoint or configuration, or a routed one.
+    """
+    place = resolve_folder(source)
+    if isinstance(place, Path):
+        if layout.checkpoint_kind(place) == "routed":
+            raise DiffratioError(f"{str(place)!r} is a routed checkpoint; a dense one is needed here")
+        folder = place if layout.checkpoint_kind(place) == "transformer" else place / layout.TRANSFORMER
+        path, config = folder / "config.json", _mapping(folder / "config.json", "transformer configuration")
+    else:
+        from diffusers import DiTTransformer2DModel
+
+        path = Path(place)
+        try:
+            config = dict(DiTTransformer2DModel.load_config(place, subfolder="transformer"))
+        except (OSError, ValueError) as error:
+            raise DiffratioError(
+                f"checkpoint {place!r} is no folder here and cannot be had from the hub: {_first_line(error)}"
+            ) from None
+    with torch.device("meta"):
+        return _build(_family(config, path), config, path)
+
+
 def load_pipeline(
     source: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
 ) -> Any:

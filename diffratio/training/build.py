@@ -16,7 +16,7 @@ from torch import nn
 
 from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
-from diffratio.checkpoint import load_transformer
+from diffratio.checkpoint import load_skeleton, load_transformer
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import atomic_file, read_json
@@ -64,12 +64,12 @@ def build_data(cfg: Config) -> ImageData:
         raise DiffratioError(f"data: {error}") from None
 
 
-def build_transformer(cfg: Config, data: ImageData | None = None) -> nn.Module:
-    """The dense transformer, fp32, checked against the data."""
+def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool = True) -> nn.Module:
+    """The dense transformer, fp32, checked against the data; without weights on the meta device."""
     settings = cfg["backbone"]
     backbone = get_backbone(settings["name"])
     if settings["source"]:
-        transformer = load_transformer(settings["source"])
+        transformer = load_transformer(settings["source"]) if weights else load_skeleton(settings["source"])
         if surgery.is_applied(transformer):
             raise DiffratioError(
                 f"backbone.source={settings['source']!r} is a routed checkpoint; training starts from a dense one"

@@ -65,6 +65,25 @@ def export_module(module: Training, out: Path, card: dict[str, Any], dtype: torc
     return export(module.transformer, out, card=card, scheduler=sampler, dtype=dtype)
 
 
+def read_resumable(path: Path) -> dict[str, Any]:
+    """What Lightning saved; tensors stay on disk until they are used.
+
+    Raises:
+        DiffratioError: the file is damaged, or no checkpoint of a run.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if missing := {"state_dict", "callbacks", "global_step"} - set(saved):
+            raise KeyError(f"it has no {sorted(missing)[0]}")
+    except Exception as error:  # torch raises several kinds for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DiffratioError(
+            f"checkpoint {str(path)!r} cannot be read ({reason}); copy it again, or train anew in another folder"
+        ) from None
+    assert isinstance(saved, dict)
+    return saved
+
+
 def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str | None) -> dict[str, Any]:
     """Rebuilds a run from its config and last checkpoint, and exports it.
 
@@ -74,17 +93,12 @@ def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str
     path = folder / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise DiffratioError(f"{str(folder)!r} has no checkpoint yet (checkpoints/last.ckpt); train it first")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state, callbacks = saved["state_dict"], saved["callbacks"]
-    except Exception as error:  # torch raises several kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DiffratioError(f"checkpoint {str(path)!r} cannot be read ({reason})") from None
+    saved = read_resumable(path)
     data = build_data(plain)
     module = build_module(plain, data)
     module.on_load_checkpoint(saved)
-    module.load_state_dict(state)
-    average = callbacks.get("WeightAverage")
+    module.load_state_dict(saved["state_dict"])
+    average = saved["callbacks"].get("WeightAverage")
     if average:
         ema = EMAModel(module.averaged())
         ema.load_state_dict(average)

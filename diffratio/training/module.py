@@ -183,13 +183,19 @@ class Training(LightningModule):
                 self.harm.mul_(_HARM_MEMORY).sub_((1 - _HARM_MEMORY) * gradient)
                 self.log("ratios/grad_norm", gradient.norm())
             self.projection.remove_component_(self.keep_ratios)
+        elif self.keep_ratios is not None:
+            self.log("ratios/grad_norm", 0.0)  # Lightning would repeat the last value
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, then the ratios back onto the present target, then the freeze when it is due."""
         super().optimizer_step(*args, **kwargs)
-        if not self.learning_ratios:
+        if self.keep_ratios is None:
             return
-        assert self.keep_ratios is not None
+        if not self.learning_ratios:
+            assert isinstance(self.method, DiffCRMethod)
+            self.log("ratios/budget", self.costs.fraction(self.method.bins), prog_bar=True)
+            self.log("ratios/mean", sum(map(sum, self.method.bins)) / (10 * self.keep_ratios.rho.numel()))
+            return
         # Lightning counts the step after this hook
         step = self.trainer.global_step + 1
         progress = step / max(1, self.trainer.max_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 import warnings
@@ -12,8 +13,10 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +25,8 @@ from diffratio.errors import DiffratioError, unknown
 from diffratio.files import atomic_file, writable_folder, write_json
 
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
+# warnings of Lightning about what is so on purpose: data of our own that resumes, folders that hold a run
+_EXPECTED = ".*not resumable.*|.*does not have many workers.*|.*__len__.*|.*LeafSpec.*|.*exists and is not empty.*"
 
 
 def configs_folder() -> Path:
@@ -35,7 +40,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Composes a config from the tree and Hydra overrides.
 
     Raises:
-        DiffratioError: an unknown group member or key (the nearest names are given), or an override that does not parse.
+        DiffratioError: an unknown group member or key (the nearest names are given), or an override that does not
+            parse.
     """
     _check_overrides(config_name, overrides)
     try:
@@ -131,8 +137,8 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     typed(OptimizerSettings, plain["optimizer"], "optimizer")
     typed(LossSettings, {k: plain["objective"][k] for k in ("timesteps", "distill")}, "objective")
     data = build_data(plain)
-    with torch.no_grad():
-        transformer = build_transformer(plain, data)
+    with torch.device("meta"):
+        transformer = build_transformer(plain, data, weights=False)
     backbone = backbone_of(transformer)
     method = build_method(plain, transformer, budget)
     description = backbone.describe(transformer)
@@ -171,11 +177,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         DiffratioError: bad settings, or a run folder that holds another run.
     """
+    from lightning.pytorch.utilities import rank_zero_only
+
     from diffratio.training.build import build_data, build_module, build_trainer
+    from diffratio.training.export import read_resumable
 
     plain = plain_config(cfg)
     started = time.perf_counter()
-    folder = writable_folder(plain["paths"]["output_dir"])
+    folder = Path(plain["paths"]["output_dir"])
     last = folder / "checkpoints" / "last.ckpt"
     resume: str | None = None
     if plain["ckpt_path"] == "last":
@@ -189,20 +198,31 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             f"run folder {str(folder)!r} holds a run already; resume it with ckpt_path=last, "
             "or choose another paths.output_dir"
         )
+    if resume is not None:
+        read_resumable(Path(resume))
     data = build_data(plain)
-    data.setup()
     module = build_module(plain, data)
+    for loader in (data.train_dataloader, data.val_dataloader):  # a damaged picture shows before anything is written
+        loader()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = build_trainer(plain, folder, module.optimizer_settings)
-    with atomic_file(folder / CONFIG_FILE) as path:
-        path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    if trainer.world_size > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise DiffratioError(
+            f"a multirun over {trainer.world_size} processes would start the whole sweep in each of them; "
+            "set trainer.devices=1, or start one run for each setting"
+        )
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        with atomic_file(writable_folder(folder) / CONFIG_FILE) as path:
+            path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not resumable.*|.*does not have many workers.*|.*__len__.*")
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if module.learning_ratios:
-        module.freeze_schedule()
-    trainer.save_checkpoint(last)
+        warnings.filterwarnings("ignore", message=_EXPECTED)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
+    if module.learning_ratios:  # stopped early, by trainer.max_time
+        module.freeze_schedule(trainer.global_step)
+    trainer.save_checkpoint(last, weights_only=False)
     seconds = time.perf_counter() - started
     result = _finish(plain, module, trainer, folder, seconds)
     if trainer.is_global_zero:
@@ -218,13 +238,17 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
     for callback in trainer.callbacks:
         if isinstance(callback, WeightAverage):
             callback.swap_in(module)
-    losses = final_losses(module, trainer.datamodule, plain["callbacks"]["final_n"])
+    module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+    with trainer.precision_plugin.forward_context():
+        losses = final_losses(module, trainer.datamodule, plain["callbacks"]["final_n"])
+    names = trainer.datamodule.class_names
     cost = module.method.macs(module.run)
     result = {
         "name": plain["name"],
         "method": module.method.name,
         "steps": trainer.global_step,
         "seconds": round(seconds, 1),
+        "class_names": names if len(names) == plain["data"]["num_classes"] else [],
         "macs_fraction": cost.fraction,
         "budget": plain["budget"]["target"],
         "schedule": [list(row) for row in getattr(module.method, "bins", ())] or None,
