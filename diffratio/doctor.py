@@ -21,7 +21,8 @@ REQUIRED = (
     "safetensors",
     "numpy",
     "pillow",
-    "rich",
+    "tqdm",
+    "wandb",
 )
 # extra -> distribution -> what needs it
 EXTRAS = {

@@ -25,6 +25,7 @@ from diffratio.tokens.grid import TokenGrid
 TINY = [
     "experiment=fashion_pretrain",
     "debug=cpu",
+    "data.source=fashion_mnist",
     "trainer.max_steps=2",
     "backbone.config.num_layers=2",
     "backbone.config.num_attention_heads=2",

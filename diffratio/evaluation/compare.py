@@ -143,12 +143,13 @@ def compare_from_config(
         DiffratioError: bad settings, or an output folder that holds records already.
     """
     settings = CompareSettings.from_config(cfg)
-    folder = writable_folder(cfg["paths"]["output_dir"])
+    folder = Path(cfg["paths"]["output_dir"])
     if any((folder / "records").glob("*.json")):
         raise DiffratioError(f"{str(folder)!r} holds a comparison already; choose another paths.output_dir")
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     extractor = Lite0Features(device=device)
     contenders = _contenders(settings, device)
+    writable_folder(folder)  # not before everything else is known to be sound
     _say(f"{len(contenders)} arms x {len(settings.seeds)} seeds, {settings.n} samples each, {settings.steps} steps")
     latency = _latency(settings, contenders, device)
     images, _ = held_out(settings.reference_n)
