@@ -107,6 +107,8 @@ def write_report(folder: str | Path, title: str = "Comparison") -> ReportPaths:
     return paths
 
 
+FEW_TOKENS = 256  # below it a block is so small that launching and gathering weigh as much as what is saved
+
 # what the excess loss is measured from: equally fine-tuned where the comparison had it, otherwise said to be not
 REFERENCES = {
     "dense_finetuned": "the dense model with equal fine-tuning (dense_finetuned)",
@@ -125,6 +127,7 @@ def _view(folder: Path, records: Sequence[Record], title: str) -> dict[str, Any]
     legend = Plot("Key to the bins", plots.bin_legend(), "plots/bins.svg") if maps else None
     return {
         "title": title,
+        "few_tokens": min((r.run.grid.tokens for r in records if r.run and r.run.grid.tokens < FEW_TOKENS), default=0),
         "reference": REFERENCES["dense_finetuned" if "dense_finetuned" in arms else "dense"],
         "headline": headline(groups),
         "notices": notices(records),

@@ -147,3 +147,8 @@ def test_the_block_table_is_measured() -> None:
     (row,) = table["rows"]
     assert row["routed_ms"] > 0 and row["dense_ms"] > 0 and 0.3 < row["MACs"] < 0.6
     assert row["overhead"] == pytest.approx(row["routed_ms"] / row["dense_on_k_ms"], rel=0.2)
+
+
+def test_the_report_says_that_few_tokens_save_little_time(outcome: tuple[Path, dict[str, Any]]) -> None:
+    for name in ("report.html", "report.md"):
+        assert "At 64 image tokens little time can be saved" in (outcome[0] / name).read_text(encoding="utf-8")
