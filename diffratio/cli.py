@@ -318,7 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = debug or args.debug
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             answer = args.function(args)
-        _print(answer, args.json)
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # one of several processes answers
+            _print(answer, args.json)
         sys.stdout.flush()
         return int(answer.code)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a wrong word

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffratio.files import atomic_file
@@ -21,15 +22,23 @@ class RunCSVLogger(CSVLogger):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, name="logs", version="")
-        path = folder / "logs" / "metrics.csv"
-        self.earlier = _read(path)[1] if path.is_file() else []
+        self.path = folder / "logs" / "metrics.csv"
+        self.earlier: list[Any] = _read(self.path)[1] if self.path.is_file() else []
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Lightning's writer, with the earlier rows put back."""
+        writer: Any = super().experiment
+        if self.earlier:
+            writer.metrics, self.earlier = self.earlier + writer.metrics, []
+            writer.save()
+        return writer
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Writes the rows before a step again; those from it on are about to be computed anew."""
-        kept: list[Any] = [row for row in self.earlier if int(row["step"]) < step]
-        self.experiment.metrics = kept + self.experiment.metrics
-        self.experiment.save()
+        """Drops the rows from a step on: they are about to be computed anew."""
+        rewind_table(self.path, step - 1)
 
 
 def rewind_table(path: Path, step: int) -> None:

@@ -124,7 +124,8 @@ class Training(LightningModule):
             loss = loss + 0 * self.keep_ratios.rho.sum()  # DDP refuses parameters without gradient
         if not torch.isfinite(loss):
             raise DiffratioError(
-                f"the loss is {float(loss)} at step {self.global_step} (samples {positions[0]}..{positions[-1]}); "
+                f"the loss is {float(loss.detach())} at step {self.global_step} "
+                f"(samples {positions[0]}..{positions[-1]}); "
                 "lower optimizer.lr, or resume the last checkpoint with ckpt_path=last"
             )
         return loss

@@ -108,10 +108,12 @@ def _flat(document: Any, prefix: str = "") -> set[str]:
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Plain, resolved data of a config; a missing mandatory value is a DiffratioError."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise DiffratioError(f"config: {missing[0]} has no value; give it as {missing[0]}=value")
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise DiffratioError(f"config: {_first_line(error)}; give it as key=value") from None
+        raise DiffratioError(f"config: {_first_line(error)}") from None
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
     return plain  # type: ignore[return-value]

@@ -1,0 +1,172 @@
+"""Every shipped config composes, says how it is run, and passes the check."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning import Trainer
+from omegaconf import OmegaConf
+
+from diffratio.data.images import ImageData
+from diffratio.errors import DiffratioError
+from diffratio.methods import get_method, methods
+from diffratio.objectives import objectives
+from diffratio.training.run import check, compose, configs_folder
+from diffratio.training.settings import BudgetSettings, OptimizerSettings
+
+ROOT = configs_folder()
+FILES = sorted(ROOT.rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiment").glob("*.yaml"))]
+MEMBERS = [(path.parent.name, path.stem) for path in FILES if path.parent != ROOT]
+
+
+def values_of(path: Path) -> dict[str, Any]:
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(document, dict)
+    return document
+
+
+def test_there_are_configs() -> None:
+    assert {"train", "compare"} <= {path.stem for path in ROOT.glob("*.yaml")}
+    assert {"fashion_diffcr", "fashion_pretrain"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_passes_the_check(name: str) -> None:
+    found = check(compose("train", [f"experiment={name}"]))
+    assert found["experiment"] == name
+    low, high = found["budget"]["reachable"]
+    assert low <= found["budget"]["target"] <= high == 1.0
+    assert found["parameters"] > 0 and found["macs"]["dense_run"] > found["macs"]["dense_forward"] > 0
+    block = found["macs"]["block_by_bin"]
+    assert block[0] == 0 and block == sorted(block)
+
+
+@pytest.mark.parametrize(("group", "member"), MEMBERS, ids=["/".join(pair) for pair in MEMBERS])
+def test_every_member_composes(group: str, member: str) -> None:
+    verb = "compare" if member.endswith("_compare") else "train"
+    cfg = compose(verb, [f"{group}={member}", "data.source=here"])
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    own = {key: value for key, value in values_of(ROOT / group / f"{member}.yaml").items() if key != "defaults"}
+    whole = group in ("experiment", "debug")
+    inside = plain if whole else plain[group]
+    for key, value in own.items():
+        if not isinstance(value, str | dict):  # references are resolved by now
+            assert inside[key] == value, key
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_first_line_is_a_command_that_composes(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = lines[1] if lines[0].strip() == "# @package _global_" else lines[0]
+    assert line.startswith(("# diffratio ", "# python train.py ")), line
+    words = shlex.split(line.removeprefix("# ").split("  ")[0])
+    verb = "train" if words[0] == "python" else words[1]
+    assert verb in ("train", "compare")
+    compose(verb, words[2:])
+    if path.parent != ROOT:  # the command is one for this very file
+        named = {path.stem, path.parent.name}
+        assert any(any(part in word for part in named) for word in words[2:]), line
+
+
+def test_trainer_keys_are_lightnings() -> None:
+    accepted = set(inspect.signature(Trainer.__init__).parameters)
+    own = set(values_of(ROOT / "trainer" / "default.yaml"))
+    assert own <= accepted
+    assert not own & {"callbacks", "logger", "plugins", "default_root_dir", "check_val_every_n_epoch"}  # we give them
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_data_keys_are_those_of_the_module(path: Path) -> None:
+    assert set(values_of(path)) - {"defaults"} <= set(inspect.signature(ImageData.__init__).parameters)
+
+
+def test_budget_and_optimizer_files_hold_the_defaults() -> None:
+    """One truth: what the YAML says is what the dataclass says, key by key."""
+    for group, member, cls in (("budget", "macs", BudgetSettings), ("optimizer", "adamw", OptimizerSettings)):
+        values = values_of(ROOT / group / f"{member}.yaml")
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        assert set(values) == set(fields)
+        for key, value in values.items():
+            assert (tuple(value) if isinstance(value, list) else value) == fields[key], key
+
+
+def test_methods_and_objectives_have_their_files() -> None:
+    assert {path.stem for path in (ROOT / "method").glob("*.yaml")} == set(methods())
+    for path in (ROOT / "method").glob("*.yaml"):
+        values = values_of(path)
+        assert values.pop("name") == path.stem
+        assert set(values) <= {field.name for field in dataclasses.fields(get_method(path.stem).config_class)}
+    assert {path.stem for path in (ROOT / "objective").glob("*.yaml")} == set(objectives())
+    for path in (ROOT / "objective").glob("*.yaml"):
+        assert values_of(path)["name"] == path.stem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=diffcrr"], "unknown method 'diffcrr': did you mean diffcr"),
+        (["experiment=fashion_modd"], "did you mean fashion_mod"),
+        (["optimizer=adam"], "did you mean adamw"),
+        (["metod=mod"], "did you mean method"),
+        (["trainer.max_step=3"], "did you mean trainer.max_steps"),
+        (["optimizer.learning_rate=3"], "unknown config key 'optimizer.learning_rate'"),
+        (["trainer"], "write key=value"),
+        (["seed=1,2"], "several values need a multirun"),
+    ],
+)
+def test_unknown_names_are_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(DiffratioError) as caught:
+        compose("train", overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.target=0", "budget.target"),
+        ("budget.target=1.5", "budget.target"),
+        ("budget.target=lots", "it takes a float"),
+        ("budget.freeze=0.1", "lies before budget.anneal"),
+        ("budget.anneal=-1", "outside [0, 1]"),
+        ("budget.steps=0", "at least 1"),
+        ("optimizer.lr=-1", "must not be negative"),
+        ("optimizer.ema=1", "outside [0, 1)"),
+        ("optimizer.weights=some", "known are all, none"),
+        ("optimizer.schedule=cosin", "did you mean cosine"),
+        ("optimizer.clip=null", "it takes a float"),
+        ("+optimizer.momentum=0.9", "unknown key of optimizer 'momentum'"),
+        ("objective.distill=-1", "must not be negative"),
+        ("objective.timesteps=all", "known are iid, one_region, stratified"),
+        ("method.regions=0", "1..1000"),
+        ("method.estimator=fast", "known are grouped, loop"),
+        ("+method.keep=0.5", "unknown key of method 'diffcr' 'keep'"),
+        ("backbone.name=dot", "did you mean dit"),
+        ("backbone.source=null", "needs a source"),
+        ("backbone.source=nowhere/at/all", "nowhere/at/all"),
+        ("data.image_size=28", "set data.image_size"),
+        ("data.channels=3", "set data.channels"),
+        ("data.num_classes=7", "set data.num_classes"),
+        ("data.label_dropout=2", "label_dropout must lie in [0, 1]"),
+        ("data.batch_size=0", "batch_size must be at least 1"),
+        ("+data.size=3", "size"),
+    ],
+)
+def test_bad_values_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(DiffratioError) as caught:
+        check(compose("train", [override]))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(DiffratioError, match="data.source has no value; give it as data.source=value"):
+        check(compose("train", ["data=folder"]))
