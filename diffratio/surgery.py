@@ -347,6 +347,8 @@ class _Scheduler(_Converted):
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         result = super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+        if _STATE not in self.__dict__:  # made anew by from_config of this class: tied to nothing
+            return result
         transformer, state = self._diffratio_transformer, self._diffratio
         timesteps: Tensor = self.timesteps  # type: ignore[attr-defined]
         config: Any = self.config  # type: ignore[attr-defined]
@@ -358,7 +360,9 @@ class _Scheduler(_Converted):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().step(*args, **kwargs)  # type: ignore[misc]
-        state = self._diffratio
+        state = self.__dict__.get(_STATE)
+        if state is None:
+            return result
         state.step += 1
         if state.run is not None and state.step >= state.run.steps:
             state.close_run()

@@ -347,3 +347,14 @@ def test_compile_options_need_not_be_hashable() -> None:
     assert attachment(transformer).compile_options == {"dynamic": True, "backend": "eager", "options": {"debug": {}}}
     with pytest.raises(DiffratioError, match="nothing is applied"):
         diffratio.compile_(dit())
+
+
+@SCHEDULERS
+def test_a_scheduler_made_from_an_attached_one_stands_alone(scheduler: Any) -> None:
+    pipe = diffratio.attach_(pipeline(routed(), scheduler()))
+    made = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    made.set_timesteps(3)
+    plain = scheduler()
+    plain.set_timesteps(3)
+    assert torch.equal(made.timesteps, plain.timesteps)
+    assert attachment(pipe.transformer).run is None
