@@ -130,8 +130,9 @@ def round_to_budget(
         ratios: keep ratios in [0.1, 1].
         costs: cost table of the run.
         budget: fraction of the dense run.
-        harm: predicted rise of the loss for a unit decrease of each ratio (minus the loss gradient); None takes the
-            distance from the unrounded ratio instead.
+        harm: predicted rise of the loss for a unit decrease of each ratio (minus the loss gradient). A curvature of the
+            mean slope a bin is added: slopes are noisy, and alone they send a cell far from its ratio. None takes the
+            squared distance from the unrounded ratio alone.
 
     Raises:
         BudgetUnreachable: no table of bins 1..10 costs that little.
@@ -144,13 +145,19 @@ def round_to_budget(
     cells = [(layer, region) for layer in range(layers) for region in range(regions)]
     counts = costs.run.region_counts(regions)
 
+    slopes = [[max(value, 0.0) for value in row] for row in harm] if harm is not None else [[0.0] * regions] * layers
+    typical = (sum(map(sum, slopes)) / len(cells)) or 1.0
+
+    def penalty(layer: int, region: int, bin_: int) -> float:
+        """Predicted rise of the loss at a bin: the slope, and a curvature that keeps noisy slopes from going far."""
+        distance = ratios[layer][region] - bin_ / 10
+        return slopes[layer][region] * distance + typical * distance**2 / 0.1
+
     def predicted(cell: tuple[int, int], bin_: int, step: int) -> float:
-        """Predicted rise of the loss for moving a cell from `bin_` by `step`, per MAC of the change."""
+        """Predicted rise of the loss for moving a cell from `bin_` by `step`, per unit of cost."""
         layer, region = cell
         change = abs(costs.cells[layer][bin_] - costs.cells[layer][bin_ + step]) * counts[region]
-        distance = abs(bin_ + step - 10 * ratios[layer][region]) - abs(bin_ - 10 * ratios[layer][region])
-        slope = max(harm[layer][region], 0.0) if harm is not None else 1.0
-        return (slope * -step if harm is not None else distance) / max(change, 1e-12) + 1e-12 * distance
+        return (penalty(layer, region, bin_ + step) - penalty(layer, region, bin_)) / max(change, 1e-12)
 
     while costs.fraction(table) > budget:
         movable = [c for c in cells if table[c[0]][c[1]] > 1 and counts[c[1]] > 0]

@@ -62,9 +62,20 @@ def test_rounding_cuts_where_the_harm_is_least() -> None:
     costs = table_of()
     harm = [[1.0] * REGIONS for _ in range(LAYERS)]
     harm[2] = [1e-6] * REGIONS
-    table = round_to_budget([[1.0] * REGIONS] * LAYERS, costs, 0.8, harm)
-    assert sum(table[2]) < 10 * REGIONS
-    assert all(row == (10,) * REGIONS for layer, row in enumerate(table) if layer != 2)
+    small = round_to_budget([[1.0] * REGIONS] * LAYERS, costs, 0.97, harm)
+    assert sum(small[2]) < 10 * REGIONS
+    assert all(row == (10,) * REGIONS for layer, row in enumerate(small) if layer != 2)
+    large = round_to_budget([[1.0] * REGIONS] * LAYERS, costs, 0.8, harm)
+    assert all(sum(large[2]) < sum(row) for layer, row in enumerate(large) if layer != 2)
+
+
+def test_a_slope_that_happens_to_be_zero_does_not_send_a_cell_far_from_its_ratio() -> None:
+    costs = table_of()
+    values = [[0.94] * REGIONS for _ in range(LAYERS)]
+    harm = [[1.0] * REGIONS for _ in range(LAYERS)]
+    harm[1][2] = 0.0
+    table = round_to_budget(values, costs, costs.fraction(constant_table(LAYERS, REGIONS, 9)), harm)
+    assert all(abs(bin_ - 9.4) < 1.5 for row in table for bin_ in row)
 
 
 def test_first_within() -> None:
