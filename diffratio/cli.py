@@ -16,6 +16,7 @@ from typing import Any
 
 from diffratio import __version__
 from diffratio.errors import DiffratioError, unknown
+from diffratio.files import configs_folder
 
 KINDS = ("methods", "backbones", "data", "experiments", "checkpoints")
 COLUMNS = 10
@@ -36,17 +37,10 @@ class Answer:
     code: int = 0
 
 
-def configs_root() -> Path:
-    """Folder of the configs: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
 def experiments() -> dict[str, str]:
     """Name and first comment line of every experiment."""
     found = {}
-    for path in sorted((configs_root() / "experiment").glob("*.yaml")):
+    for path in sorted((configs_folder() / "experiment").glob("*.yaml")):
         lines = (line.lstrip("# ").strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
         found[path.stem] = next((line for line in lines if line and not line.startswith("@")), "")
     return found

@@ -15,6 +15,13 @@ from typing import Any
 from diffratio.errors import DiffratioError
 
 
+def configs_folder() -> Path:
+    """The config tree: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
 def writable_folder(folder: str | Path) -> Path:
     """Creates a folder and checks that files can be written into it.
 

@@ -329,8 +329,7 @@ def _losses(
         def predict(
             inputs: Tensor, levels: Tensor, labels: Tensor, model: Any = transformer, family: Any = backbone
         ) -> Tensor:
-            timestep = family.timestep(levels)
-            timestep = timestep.round().long() if objective.name == "noise" else timestep
+            timestep = objective.timestep(family.timestep(levels))
             return model(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
 
         found.append(region_losses(predict, objective, images.to(device), labels.to(device), REGIONS))

@@ -51,6 +51,10 @@ class Objective(ABC):
     def losses(self, output: Tensor, noised: Noised) -> Tensor:
         """Loss of each sample (B,), in fp32."""
 
+    def timestep(self, timestep: Tensor) -> Tensor:
+        """A backbone's timestep input (B,) in the form that this objective trains on."""
+        return timestep
+
     def prediction(self, output: Tensor, channels: int) -> Tensor:
         """The part of an output that is compared and distilled: learned variance is left out."""
         return output[:, :channels]
@@ -125,6 +129,10 @@ class NoisePrediction(Objective):
     def cumulative(self, level: float) -> float:
         """Uniform."""
         return level
+
+    def timestep(self, timestep: Tensor) -> Tensor:
+        """Whole steps 0..999."""
+        return timestep.round().clamp(max=self.steps - 1).long()
 
     def _at(self, values: Tensor, levels: Tensor) -> Tensor:
         index = (levels.double() * self.steps).round().long().clamp(0, self.steps - 1)

@@ -109,9 +109,6 @@ class BudgetProjection:
 
     def __init__(self, costs: CostTable) -> None:
         self.costs = costs
-        regions_visited = costs.run.steps
-        if regions_visited < 1:
-            raise DiffratioError("a budget needs a run with at least one step")
 
     def fraction(self, ratios: KeepRatios) -> float:
         """Fraction of the dense run that the present ratios cost."""

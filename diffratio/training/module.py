@@ -16,7 +16,7 @@ from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.methods.diffcr import DiffCRMethod
 from diffratio.methods.routed import RoutedMethod
-from diffratio.objectives import NoisePrediction, Objective, noise_levels, sample_draws
+from diffratio.objectives import Objective, noise_levels, sample_draws
 from diffratio.objectives.validation import region_losses
 from diffratio.routing.ratios import BudgetProjection
 from diffratio.routing.schedule import KeepSchedule
@@ -96,9 +96,7 @@ class Training(LightningModule):
         return self._forward(self.transformer, inputs, levels, labels)
 
     def _forward(self, transformer: nn.Module, inputs: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
-        timestep = self.backbone.timestep(levels)
-        if isinstance(self.objective, NoisePrediction):
-            timestep = timestep.round().clamp(max=self.objective.steps - 1).long()
+        timestep = self.objective.timestep(self.backbone.timestep(levels))
         return transformer(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:

@@ -20,20 +20,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import diffratio
 from diffratio.errors import DiffratioError, unknown
-from diffratio.files import atomic_file, writable_folder, write_json
+from diffratio.files import atomic_file, configs_folder, writable_folder, write_json
 
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
 # warnings of Lightning about what is so on purpose: data of our own that resumes, folders that hold a run
 _EXPECTED = ".*not resumable.*|.*does not have many workers.*|.*__len__.*|.*LeafSpec.*|.*exists and is not empty.*"
-
-
-def configs_folder() -> Path:
-    """The config tree: inside the installed package, or beside it in a checkout."""
-    package = Path(diffratio.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError
+from diffratio.files import configs_folder
 from diffratio.methods import get_method, methods
 from diffratio.objectives import objectives
-from diffratio.training.run import check, compose, configs_folder
+from diffratio.training.run import check, compose
 from diffratio.training.settings import BudgetSettings, OptimizerSettings
 
 ROOT = configs_folder()
