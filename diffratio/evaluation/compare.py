@@ -21,17 +21,7 @@ from diffratio.cost.latency import interleaved
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.evaluation.features import FeatureExtractor, Lite0Features
-from diffratio.evaluation.metrics import (
-    efficiency,
-    fd,
-    feature_distance,
-    kid,
-    kid_difference,
-    paired_difference,
-    psnr,
-    require_samples,
-    ssim,
-)
+from diffratio.evaluation.metrics import METRICS, Evidence, efficiency, measure, require_samples
 from diffratio.evaluation.records import Arm, Record, provenance, write_record
 from diffratio.evaluation.report import write_report
 from diffratio.files import atomic_file, sha256, writable_folder
@@ -157,7 +147,7 @@ def compare_from_config(
     losses = _losses(settings, contenders, held_out, device)
     rows: list[dict[str, Any]] = []
     for seed in settings.seeds:
-        dense: tuple[Tensor, Tensor] | None = None
+        dense: Evidence | None = None
         for index, contender in enumerate(contenders):
             record, samples = _measure(
                 settings, contender, seed, folder, extractor, real, dense, losses[index], losses, latency.get(index)
@@ -343,11 +333,11 @@ def _measure(
     folder: Path,
     extractor: FeatureExtractor,
     real: Tensor,
-    dense: tuple[Tensor, Tensor] | None,
+    dense: Evidence | None,
     losses: Tensor | None,
     all_losses: list[Tensor | None],
     latency: list[dict[str, Any]] | None,
-) -> tuple[Record, tuple[Tensor, Tensor] | None]:
+) -> tuple[Record, Evidence | None]:
     """One record; what goes wrong in an arm becomes its record, not the end of the comparison."""
     shared = {"arm": one.arm, "budget": one.budget, "seed": seed}
     made = provenance(str(settings.device), extractor.id)
@@ -369,20 +359,15 @@ def _measure(
     path = f"images/{name}.png"
     with atomic_file(folder / path) as temporary:
         sample_grid(images[:GRID], columns=10).save(temporary, format="PNG")
-    quality: dict[str, Any] = {"kid_lite0": _estimate(kid(real, features))}
-    distance = fd(real, features)
-    quality["fd_lite0"] = {"value": distance.value, "n": distance.n}
-    if dense is not None:
-        quality["kid_lite0_vs_dense"] = _estimate(kid_difference(real, features, dense[1]))
-        quality["psnr"] = _estimate(psnr(images, dense[0]))
-        quality["ssim"] = _estimate(ssim(images, dense[0]))
-        quality["feature_distance"] = _estimate(feature_distance(features, dense[1]))
-    reference = all_losses[1] if settings.finetuned else all_losses[0]
-    if losses is not None and reference is not None and losses is not reference:
-        quality["excess_loss"] = _estimate(paired_difference(losses.mean(1), reference.mean(1)))
-        quality["excess_loss_regions"] = [
-            _estimate(paired_difference(losses[:, region], reference[:, region])) for region in range(REGIONS)
-        ]
+    evidence = Evidence(
+        images,
+        features,
+        real,
+        dense=dense,
+        losses=losses,
+        reference_losses=all_losses[1] if settings.finetuned else all_losses[0],
+    )
+    quality = measure([name for name in METRICS if name != "nearest_distance"], evidence)
     cost = {
         "macs": one.cost.total,
         "macs_dense": one.cost.dense,
@@ -406,16 +391,12 @@ def _measure(
         images={"samples": path},
         provenance=made,
     )
-    return record, (images, features)
+    return record, evidence
 
 
 def read_sampler(pipe: Any) -> str:
     """Class name of a pipeline's scheduler."""
     return type(pipe.scheduler).__name__
-
-
-def _estimate(estimate: Any) -> dict[str, Any]:
-    return {key: getattr(estimate, key) for key in ("value", "stderr", "low", "high", "n")}
 
 
 def _block(repeats: int, device: str) -> dict[str, Any]:

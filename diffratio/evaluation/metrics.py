@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffratio.errors import DiffratioError, unknown
 from diffratio.evaluation.distances import FD, FD_MINIMUM, KID, KID_MINIMUM, fd, kid, kid_difference
+from diffratio.evaluation.evidence import Evidence
 from diffratio.evaluation.statistics import Estimate, feature_sets, mean_estimate, paired_difference
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "KID",
     "METRICS",
     "Estimate",
+    "Evidence",
     "Metric",
     "check_metrics",
     "efficiency",
@@ -26,6 +28,7 @@ __all__ = [
     "feature_distance",
     "kid",
     "kid_difference",
+    "measure",
     "nearest_distance",
     "paired_difference",
     "psnr",
@@ -46,26 +49,32 @@ class Metric:
         description: one line for tables and help.
         better: which direction is better.
         minimum: fewest samples that it is defined for.
+        measure: the figure, a list of figures (one a region), or None where the evidence does not hold what it needs.
     """
 
     description: str
     better: Literal["lower", "higher"]
     minimum: int
+    measure: Callable[[Evidence], Any]
 
 
-METRICS: dict[str, Metric] = {
-    "kid_lite0": Metric(
-        "squared MMD to the reference x 1000, cubic kernel, EfficientNet-Lite0 features", "lower", KID_MINIMUM
-    ),
-    "fd_lite0": Metric(
-        "Frechet distance to the reference, EfficientNet-Lite0 features, at this n only", "lower", FD_MINIMUM
-    ),
-    "psnr": Metric("peak signal-to-noise ratio to the dense model's images at the same noise, dB", "higher", 2),
-    "ssim": Metric("structural similarity to the dense model's images at the same noise", "higher", 2),
-    "feature_distance": Metric("L2 distance to the dense model's features at the same noise", "lower", 2),
-    "excess_loss": Metric("validation loss minus the dense model's at the same noise, paired", "lower", 2),
-    "nearest_distance": Metric("L2 distance to the nearest training image's features; small = memorised", "higher", 2),
-}
+def measure(names: Iterable[str], evidence: Evidence) -> dict[str, Any]:
+    """Figures by metric name, as plain data for a record.
+
+    Args:
+        names: of `METRICS`; those that do not apply (distance to dense, for the dense model) are left out.
+        evidence: what was generated.
+
+    Raises:
+        DiffratioError: an unknown name, or fewer samples than a metric needs.
+    """
+    found: dict[str, Any] = {}
+    for name in check_metrics(names):
+        require_samples(name, len(evidence.images))
+        value = METRICS[name].measure(evidence)
+        if value is not None:
+            found[name] = [asdict(one) for one in value] if isinstance(value, list) else asdict(value)
+    return found
 
 
 def check_metrics(names: Iterable[str]) -> tuple[str, ...]:
@@ -207,3 +216,66 @@ def _image_pair(metric: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         )
     require_samples(metric, len(a))
     return a.detach().double(), b.detach().to(a.device, torch.float64)
+
+
+def _kid_vs_dense(e: Evidence) -> KID | None:
+    return kid_difference(e.reference, e.features, e.dense.features) if e.dense else None
+
+
+def _excess_loss(e: Evidence) -> Estimate | None:
+    if e.losses is None or e.reference_losses is None or e.losses is e.reference_losses:
+        return None
+    return paired_difference(e.losses.mean(1), e.reference_losses.mean(1))
+
+
+def _excess_loss_regions(e: Evidence) -> list[Estimate] | None:
+    if e.losses is None or e.reference_losses is None or e.losses is e.reference_losses:
+        return None
+    return [paired_difference(a, b) for a, b in zip(e.losses.T, e.reference_losses.T, strict=True)]
+
+
+METRICS: dict[str, Metric] = {
+    "kid_lite0": Metric(
+        "squared MMD to the reference x 1000, cubic kernel, EfficientNet-Lite0 features",
+        "lower",
+        KID_MINIMUM,
+        lambda e: kid(e.reference, e.features),
+    ),
+    "kid_lite0_vs_dense": Metric(
+        "kid_lite0 minus the dense model's at the same noise, paired", "lower", KID_MINIMUM, _kid_vs_dense
+    ),
+    "fd_lite0": Metric(
+        "Frechet distance to the reference, EfficientNet-Lite0 features, at this n only",
+        "lower",
+        FD_MINIMUM,
+        lambda e: fd(e.reference, e.features),
+    ),
+    "psnr": Metric(
+        "peak signal-to-noise ratio to the dense model's images at the same noise, dB",
+        "higher",
+        2,
+        lambda e: psnr(e.images, e.dense.images) if e.dense else None,
+    ),
+    "ssim": Metric(
+        "structural similarity to the dense model's images at the same noise",
+        "higher",
+        2,
+        lambda e: ssim(e.images, e.dense.images) if e.dense else None,
+    ),
+    "feature_distance": Metric(
+        "L2 distance to the dense model's features at the same noise",
+        "lower",
+        2,
+        lambda e: feature_distance(e.features, e.dense.features) if e.dense else None,
+    ),
+    "excess_loss": Metric(
+        "validation loss minus the dense model's at the same noise, paired", "lower", 2, _excess_loss
+    ),
+    "excess_loss_regions": Metric("excess_loss in each noise-level region", "lower", 2, _excess_loss_regions),
+    "nearest_distance": Metric(
+        "L2 distance to the nearest training image's features; small = memorised",
+        "higher",
+        2,
+        lambda e: nearest_distance(e.train(), e.features) if e.train else None,
+    ),
+}

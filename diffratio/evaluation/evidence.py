@@ -1,0 +1,33 @@
+"""What a metric may look at, for one arm with one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that one arm gave with one seed; a metric takes what it needs and says None where that is missing.
+
+    Args:
+        images: generated images (n, C, H, W) in [-1, 1].
+        features: their features (n, d).
+        reference: features of real, held-out images (m, d).
+        labels: class conditions of the generated images (n,).
+        dense: the same for the dense model at the same noise and labels; None for the dense model itself.
+        train: gives the features of training images (t, d) when asked; None where there are none.
+        losses: validation loss of held-out image i in region j, (v, R); None where steps are what the arm changes.
+        reference_losses: the same of the dense model that was fine-tuned alike, else of the dense model.
+    """
+
+    images: Tensor
+    features: Tensor
+    reference: Tensor
+    labels: Tensor | None = None
+    dense: Evidence | None = None
+    train: Callable[[], Tensor] | None = None
+    losses: Tensor | None = None
+    reference_losses: Tensor | None = None
