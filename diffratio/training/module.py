@@ -64,11 +64,26 @@ class Training(LightningModule):
         shape = self.keep_ratios.rho.shape if self.keep_ratios is not None else (1, 1)
         self.register_buffer("harm", torch.zeros(shape))
         self.harm: Tensor
+        self.region_weights = self._region_weights(shape[1])
         if optimizer.weights == "none":
             for name, parameter in transformer.named_parameters():
                 parameter.requires_grad_(".router." in name or name.startswith("keep_ratios"))
         self.rounding: dict[str, float] = {}
         self.probe_n = probe_n
+
+    def _region_weights(self, regions: int) -> list[float]:
+        """What the ratios' gradient in each region is multiplied by.
+
+        Training visits regions by the objective's density, sampling by the run's steps. A ratio belongs to one region,
+        so scaling its gradient by the quotient makes the ratios minimise the loss over the run that the budget counts.
+        """
+        if self.budget.weighting == "density":
+            return [1.0] * regions
+        edges = [self.objective.cumulative(region / regions) for region in range(regions + 1)]
+        counts = self.run.region_counts(regions)
+        return [
+            count / self.run.steps / (high - low) for count, low, high in zip(counts, edges, edges[1:], strict=False)
+        ]
 
     @property
     def learning_ratios(self) -> bool:
@@ -179,6 +194,7 @@ class Training(LightningModule):
             assert self.keep_ratios is not None
             if self.keep_ratios.rho.grad is not None:
                 gradient = self.keep_ratios.rho.grad
+                gradient.mul_(gradient.new_tensor(self.region_weights))
                 self.harm.mul_(_HARM_MEMORY).sub_((1 - _HARM_MEMORY) * gradient)
                 self.log("ratios/grad_norm", gradient.norm())
             self.projection.remove_component_(self.keep_ratios)

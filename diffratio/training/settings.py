@@ -8,7 +8,7 @@ from diffratio.errors import DiffratioError, unknown
 from diffratio.methods.base import check_budget
 from diffratio.objectives.draws import TIMESTEPS
 
-UNITS = ("macs", "mean_ratio")
+WEIGHTINGS = ("run", "density")
 TRAINABLE = ("all", "none")
 
 
@@ -22,6 +22,8 @@ class BudgetSettings:
         guidance: whether that run has both guidance halves.
         anneal: fraction of the training steps over which the target falls from 1.
         freeze: fraction of the training steps after which the ratios are rounded and fixed.
+        weighting: how much the loss in a region weighs for the ratios: `run`, by the run's steps in it, as its cost
+            does; `density`, by how often training visits it, as published.
     """
 
     target: float = 0.8
@@ -29,8 +31,11 @@ class BudgetSettings:
     guidance: bool = True
     anneal: float = 0.3
     freeze: float = 0.5
+    weighting: str = "run"
 
     def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise unknown("budget.weighting", self.weighting, WEIGHTINGS)
         try:
             check_budget(self.target)
         except DiffratioError as error:

@@ -118,6 +118,25 @@ def test_the_average_counts_steps_not_micro_batches(straight: Callable[..., Path
     assert checkpoint_of(straight(2))["ImageData"]["position"] == 8 * 2 * 8
 
 
+@pytest.mark.parametrize("weighting", ["run", "density"])
+def test_regions_weigh_in_the_ratios_as_in_the_run(data: Path, weighting: str, monkeypatch: Any) -> None:
+    """Logit-normal training visits region r with mass p_r, the run 4, 5, 5, 6 times: the quotient scales."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(
+        compose("train", job(data, Path("x"), f"budget.weighting={weighting}")), resolve=True
+    )
+    module = build.build_module(plain, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "log", lambda *_: None)
+    assert module.keep_ratios is not None
+    module.keep_ratios.rho.grad = torch.ones_like(module.keep_ratios.rho)
+    module.configure_gradient_clipping(None)  # type: ignore[arg-type]
+    seen = -module.harm / 0.05
+    mass = torch.distributions.Normal(0, 1).cdf(torch.logit(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))).diff()
+    expected = torch.tensor([0.2, 0.25, 0.25, 0.3]) / mass if weighting == "run" else torch.ones(4)
+    assert torch.allclose(seen, expected.expand_as(seen), rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["mod", "hand"])
 @pytest.mark.parametrize("target", [0.8, 0.6])
 def test_fixed_methods_solve_themselves_for_the_budget(data: Path, method: str, target: float) -> None:
