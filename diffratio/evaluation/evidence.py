@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffratio.errors import DiffratioError
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -21,6 +23,10 @@ class Evidence:
         train: gives the features of training images (t, d) when asked; None where there are none.
         losses: validation loss of held-out image i in region j, (v, R); None where steps are what the arm changes.
         reference_losses: the same of the dense model that was fine-tuned alike, else of the dense model.
+        data: name of the data set that the labels and the reference come from; tells which probe fits.
+        extractor: id of what made all features; figures that are named by an extractor are refused for another one.
+        reference_images: the real images behind `reference` (m, C, H, W) in [-1, 1], for optional extractors.
+        prompts: captions of the generated images, for text-image scores.
     """
 
     images: Tensor
@@ -31,3 +37,14 @@ class Evidence:
     train: Callable[[], Tensor] | None = None
     losses: Tensor | None = None
     reference_losses: Tensor | None = None
+    data: str | None = None
+    extractor: str | None = None
+    reference_images: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        other = self.dense.extractor if self.dense else None
+        if other is not None and self.extractor is not None and other != self.extractor:
+            raise DiffratioError(
+                f"features of {self.extractor!r} do not pair with the dense model's of {other!r}; extract both alike"
+            )

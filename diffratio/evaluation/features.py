@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffratio.errors import DiffratioError
-from diffratio.files import atomic_file, sha256
+from diffratio.evaluation.reference import reference_features
+from diffratio.files import sha256
+
+__all__ = ["RESIZE", "FeatureExtractor", "Lite0Features", "reference_features"]
 
 RESIZE = 96
-_CACHE_FORMAT = "diffratio-features-1"
 
 
 class FeatureExtractor(Protocol):
@@ -91,66 +91,6 @@ class Lite0Features:
         network: Any = self._network
         features: Tensor = network.extract_features(x.contiguous(memory_format=torch.channels_last))
         return features.mean(dim=(2, 3)).cpu()  # (B, 1280)
-
-
-def reference_features(images: Tensor, extractor: FeatureExtractor, cache: str | Path | None = None) -> Tensor:
-    """Features of reference images, read from a cache file where there is one and written to it otherwise.
-
-    Args:
-        images: reference images in [-1, 1], (n, C, H, W).
-        extractor: what extracts the features.
-        cache: safetensors file; its metadata holds the extractor's id, n and a hash of the images.
-
-    Returns:
-        Features (n, d).
-
-    Raises:
-        DiffratioError: the cache is of another extractor or of other images, or cannot be read.
-    """
-    if cache is None:
-        return extractor.extract(images)
-    path = Path(cache)
-    expected = {
-        "format": _CACHE_FORMAT,
-        "extractor": extractor.id,
-        "n": str(len(images)),
-        "images": _content_hash(images),
-    }
-    if path.exists():
-        return _read_cache(path, expected)
-    from safetensors.torch import save_file
-
-    features = extractor.extract(images).contiguous()
-    with atomic_file(path) as temporary:
-        save_file({"features": features}, str(temporary), metadata=expected)
-    return features
-
-
-def _read_cache(path: Path, expected: dict[str, str]) -> Tensor:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            found = file.metadata() or {}
-            features: Tensor = file.get_tensor("features")
-    except (SafetensorError, OSError) as error:
-        raise DiffratioError(f"cached features {str(path)!r} cannot be read ({error}); delete the file") from None
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise DiffratioError(
-                f"cached features {str(path)!r} have {key} {found.get(key)!r}, this run needs {value!r}; "
-                "delete the file or name another cache"
-            )
-    if features.ndim != 2 or str(len(features)) != expected["n"]:
-        raise DiffratioError(f"cached features {str(path)!r} have shape {tuple(features.shape)}; delete the file")
-    return features
-
-
-def _content_hash(images: Tensor) -> str:
-    content = images.detach().to("cpu", torch.float32).contiguous()
-    digest = hashlib.sha256(repr(tuple(content.shape)).encode())
-    digest.update(content.numpy().data)
-    return digest.hexdigest()
 
 
 def _check_images(images: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def t_quantile(degrees: int) -> float:
     except ImportError:
         raise DiffratioError("intervals need the package 'scipy'; pip install diffratio[metrics]") from None
     return float(stdtrit(degrees, 0.5 + LEVEL / 2))
+
+
+def normal_quantile() -> float:
+    """Half-width of a 95 % interval in standard errors, normal: 1.96."""
+    return NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
 
 def mean_estimate(values: Tensor, what: str = "values") -> Estimate:

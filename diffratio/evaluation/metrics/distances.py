@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffratio.errors import DiffratioError
+from diffratio.evaluation.memo import remembered
 from diffratio.evaluation.statistics import Estimate, feature_sets, group_order, jackknife_variance, t_quantile
 
 KID_SCALE = 1000.0
@@ -70,7 +71,9 @@ def kid(real: Tensor, fake: Tensor, *, groups: int = 20) -> KID:
     _check_groups(groups)
     real, m = _grouped(real, groups)
     fake, n = _grouped(fake, groups)
-    rr, rr_left = _within(_kernel_sums(real, real, m, m, skip_diagonal=True), m)
+    # every arm meets the same reference
+    rr_sums = remembered(("kid", tuple(m)), (real,), lambda: _kernel_sums(real, real, m, m, skip_diagonal=True))
+    rr, rr_left = _within(rr_sums, m)
     ff, ff_left = _within(_kernel_sums(fake, fake, n, n, skip_diagonal=True), n)
     rf, rf_left_real, rf_left_fake = _between(_kernel_sums(real, fake, m, n), m, n)
     return _kid(rr + ff - 2 * rf, rr_left + ff - 2 * rf_left_real, m, rr + ff_left - 2 * rf_left_fake, n)
@@ -129,7 +132,7 @@ def fd(real: Tensor, fake: Tensor) -> FD:
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), equation 6.
     """
     real, fake = feature_sets("fd", FD_MINIMUM, real=real, fake=fake)
-    mean_real, root_real = _moments(real)
+    mean_real, root_real = remembered("fd", (real,), lambda: _moments(real))
     mean_fake, root_fake = _moments(fake)
     cross = torch.linalg.svdvals(root_real @ root_fake.T).sum()
     value = (mean_real - mean_fake).square().sum() + root_real.square().sum() + root_fake.square().sum() - 2 * cross
