@@ -1,14 +1,15 @@
-"""From records to what a reader wants to know: figures over seeds, who is best, and whether that is certain."""
+"""From records to figures over seeds: who is best at a budget, and whether that is certain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 from diffratio.evaluation.records import Record
 
+QUARTILES_FROM = 4  # repeats; the quartiles of fewer times say nothing of their spread
 RANKED = {"kid_lite0": "KID", "excess_loss": "excess loss"}
 
 
@@ -70,19 +71,41 @@ class Group:
     rows: tuple[Row, ...]
 
     def figures(self, metric: str) -> dict[str, Figure]:
-        """The arms that have a metric, lowest value first."""
+        """The arms that have a metric, best first."""
         found = {row.name: row.figures[metric] for row in self.rows if metric in row.figures}
-        return dict(sorted(found.items(), key=lambda item: item[1].value))
+        sign = -1 if better(metric) == "higher" else 1
+        return dict(sorted(found.items(), key=lambda item: sign * item[1].value))
+
+    def deciding(self, metric: str) -> dict[str, Figure]:
+        """What separates the arms: paired differences to dense where every arm has one, else the figures; best first.
+
+        Noise that an arm shares with the dense model cancels in a paired difference, so its intervals are narrower.
+        """
+        figures, paired = self.figures(metric), self.figures(f"{metric}_vs_dense")
+        return paired if figures and set(paired) == set(figures) else figures
 
     def winner(self, metric: str) -> str | None:
-        """The arm whose interval lies wholly below every other arm's; None where no arm's does, or there is one arm."""
-        figures = self.figures(metric)
-        return None if len(figures) < 2 or self.rivals(metric) else next(iter(figures))
+        """The arm whose interval lies wholly on the better side of every other arm's; None where no arm's does."""
+        figures = self.deciding(metric)
+        if len(figures) < 2 or better(metric) is None or self.rivals(metric):
+            return None
+        return next(iter(figures))
 
     def rivals(self, metric: str) -> list[str]:
-        """The arms that the lowest one is not told apart from: their interval overlaps its own, or one is unknown."""
-        (_, first), *others = self.figures(metric).items()
-        return [name for name, figure in others if not _below(first, figure)]
+        """The arms that the best one is not told apart from: their interval overlaps its own, or one is unknown."""
+        (_, first), *others = self.deciding(metric).items()
+        higher = better(metric) == "higher"
+        return [name for name, other in others if not (_below(other, first) if higher else _below(first, other))]
+
+
+def better(metric: str) -> str | None:
+    """`lower` or `higher`, from the registry of metrics; times are better lower; None where nothing says."""
+    from diffratio.evaluation.metrics import METRICS
+
+    if metric in METRICS:
+        return METRICS[metric].better
+    kind = metric.split(",")[0]
+    return {"ratio": "lower", "ms": "lower", "efficiency": "higher"}.get(kind)
 
 
 def _below(first: Figure, second: Figure) -> bool:
@@ -130,99 +153,6 @@ def region_losses(row: Row) -> list[Figure]:
         return []
     columns = [_mean([_estimate(entry) for entry in column]) for column in zip(*tables, strict=True)]
     return [figure for figure in columns if figure is not None] if None not in columns else []
-
-
-def headline(groups: Sequence[Group]) -> list[str]:
-    """One or two plain sentences for each budget below 1 (or for the dense one, where nothing else was compared)."""
-    metric = ranked_metric(groups)
-    reduced = [group for group in groups if group.budget < 1] or list(groups)
-    return [_verdict(group, metric) for group in reduced]
-
-
-def notices(records: Sequence[Record]) -> list[str]:
-    """What keeps the figures from being comparable, in sentences; empty where nothing does."""
-    measured = [record for record in records if record.status == "ok"]
-    readers: dict[str, Callable[[Record], Any]] = {
-        "number of samples": lambda r: r.n,
-        "sampler": lambda r: r.sampler,
-        "guidance scale": lambda r: r.guidance_scale,
-        "token grid": lambda r: None if r.run is None else f"{r.run.grid.height}x{r.run.grid.width}",
-        "extractor": lambda r: r.provenance.get("extractor"),
-        "device": lambda r: r.provenance.get("device"),
-        "git state": lambda r: r.provenance.get("git"),
-    }
-    found = []
-    for what, read in readers.items():
-        values = list(dict.fromkeys(str(value) for record in measured if (value := read(record)) is not None))
-        if len(values) > 1:
-            found.append(f"The records differ in {what} ({', '.join(values)}): their figures do not compare.")
-    for record in measured:
-        fraction = record.cost.get("fraction")
-        if fraction is not None and not record.budget - 0.01 - 1e-6 <= fraction <= record.budget + 1e-6:
-            found.append(f"{record.id} costs {fraction:.3f} of the dense MACs, off its budget of {record.budget:g}.")
-    seeds = {frozenset(r.seed for r in row.measured) for group in summarise(records) for row in group.rows}
-    if len(seeds - {frozenset()}) > 1:
-        found.append("Not every arm was measured with the same seeds; the table says how many stand behind a figure.")
-    return found
-
-
-def _verdict(group: Group, metric: str | None) -> str:
-    place = "At the dense budget" if group.budget == 1 else f"At {100 * group.budget:g} % of the dense MACs"
-    unmeasured = sum(not row.measured for row in group.rows)
-    tail = f" {_count(unmeasured, 'arm')} gave no result there." if unmeasured else ""
-    figures = {} if metric is None else group.figures(metric)
-    if metric is None or not figures:
-        return f"{place} no arm has a measured quality.{tail}"
-    name, best = next(iter(figures.items()))
-    row = next(row for row in group.rows if row.name == name)
-    ending = f"{_against_dense(row)}{tail}"
-    shown = f"{name} has the lowest {RANKED[metric]} ({_span(best)}; {_sample(row)})"
-    if len(figures) == 1:
-        what = f"its {RANKED[metric]} is {_span(best)}; {_sample(row)}"
-        return f"{place} {name} is the only arm measured: {what}.{ending}"
-    rivals = group.rivals(metric)
-    if not rivals:
-        second, figure = list(figures.items())[1]
-        return f"{place} {shown}, and its interval lies clear of the next best, {second} ({_span(figure)}).{ending}"
-    names = _listed(rivals)
-    return f"{place} {shown}, but that is not certain: it is not separated from {names}.{ending}"
-
-
-def _against_dense(row: Row) -> str:
-    figure = row.figures.get("kid_lite0_vs_dense")
-    if figure is None or figure.interval is None:
-        return ""
-    low, high = figure.interval
-    verdict = "worse than" if low > 0 else "better than" if high < 0 else "not told apart from"
-    return f" It is {verdict} the dense model on the same noise (KID difference {_span(figure, signed=True)})."
-
-
-def _span(figure: Figure, signed: bool = False) -> str:
-    value = _number(figure.value, signed)
-    if figure.interval is None:
-        return value
-    low, high = (_number(end, signed) for end in figure.interval)
-    return f"{value}, interval {low} to {high}"
-
-
-def _number(value: float, signed: bool) -> str:
-    form = ("+" if signed else "") + (".2f" if value == 0 or abs(value) >= 0.01 else ".2g")
-    return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
-
-
-def _sample(row: Row) -> str:
-    n = row.record.n
-    return _count(len(row.measured), "seed") + (f", n = {n}" if n is not None else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    if len(names) > most:
-        return f"{', '.join(names[:most])} and {len(names) - most} more"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _rank(row: Row) -> float:
@@ -282,6 +212,8 @@ def _times(timing: Mapping[str, Any]) -> dict[str, Figure | None]:
     median, low, high = (timing.get(key) for key in ("median_ms", "q1_ms", "q3_ms"))
     if median is None:
         return {}
+    if timing.get("repeats") is not None and timing["repeats"] < QUARTILES_FROM:
+        low = high = None
     dense = timing.get("dense_median_ms")
     scale = {"ms": 1.0, "ratio": 1.0 / dense} if dense else {"ms": 1.0}
     times: dict[str, Figure | None] = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffratio.evaluation.records import Record
-from diffratio.evaluation.summary import Figure, Group, Row, timing_key
+from diffratio.evaluation.summary import Figure, Group, Row, better, timing_key
+from diffratio.evaluation.verdicts import flags_of
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -23,74 +25,159 @@ class Cell:
     best: bool = False
 
 
-Column = tuple[str, str, str, int, bool]  # heading, unit or note, metric, significant decimals, signed
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of figures.
+
+    Args:
+        name: heading.
+        unit: smaller line under it.
+        metric: name in `Row.figures`.
+        decimals: digits after the point; None takes three significant ones of the largest figure.
+        signed: whether a plus is written.
+        scale: what figures are multiplied by.
+        hint: what the metric is, in one line.
+        deviation: whether the standard error is shown instead of the interval.
+    """
+
+    name: str
+    unit: str
+    metric: str
+    decimals: int | None = None
+    signed: bool = False
+    scale: float = 1.0
+    hint: str = ""
+    deviation: bool = False
+
+
+# Headings and digits of metrics that have better ones than their name gives; any other metric of the registry is shown
+# under its name, with its description as the hint.
+KNOWN = {
+    "kid_lite0": Column("KID", "× 1000, interval", "kid_lite0", 2),
+    "kid_lite0_vs_dense": Column("KID to dense", "× 1000, paired", "kid_lite0_vs_dense", 2, True),
+    "excess_loss": Column("Excess loss", "× 1000, ± standard error", "excess_loss", 2, True, 1e3, deviation=True),
+    "psnr": Column("PSNR", "to dense, dB", "psnr", 1),
+    "fd_lite0": Column("FD", "lite0", "fd_lite0", 2),
+    "ssim": Column("SSIM", "to dense", "ssim", 3),
+    "feature_distance": Column("Feature distance", "to dense", "feature_distance"),
+}
+FIRST = ("kid_lite0", "kid_lite0_vs_dense", "excess_loss", "class_accuracy", "caption_retrieval")
+COSTS = ("fraction", "macs", "peak_memory_mib")
+
+
+def metric_columns(groups: Sequence[Group]) -> list[Column]:
+    """One column for every quality metric that any arm has: the deciding ones first, then the registry's order."""
+    from diffratio.evaluation.metrics import METRICS
+
+    present = {metric for g in groups for row in g.rows for record in row.measured for metric in record.quality}
+    present &= {metric for group in groups for row in group.rows for metric in row.figures}
+    order = [*FIRST, *METRICS, *sorted(present)]
+    columns = []
+    for metric in dict.fromkeys(name for name in order if name in present):
+        known = KNOWN.get(metric, Column(metric.replace("_", " ").capitalize(), "", metric))
+        known_better = better(metric)
+        hint = METRICS[metric].description if metric in METRICS else f"{metric}, not in this version's registry"
+        unit = known.unit or (f"{known_better} is better" if known_better else "")
+        columns.append(replace(known, unit=unit, hint=hint))
+    return columns
 
 
 def summary_columns(groups: Sequence[Group], times: Sequence[tuple[int, str]]) -> list[Column]:
-    columns: list[Column] = [
-        ("MACs", "of dense", "fraction", 3, False),
-        ("KID", "× 1000, interval", "kid_lite0", 2, False),
-        ("KID to dense", "paired difference", "kid_lite0_vs_dense", 2, True),
-        ("Excess loss", "× 1000, ± standard error", "excess_loss", 2, True),
-        ("PSNR", "to dense, dB", "psnr", 1, False),
-    ]
+    """Cost, deciding metrics and times."""
+    columns = [Column("MACs", "of dense", "fraction", 3, hint="multiply-accumulates of the whole run")]
+    columns += [column for column in metric_columns(groups) if column.metric in (*FIRST, "psnr")]
     for batch, mode in times:
-        columns.append(("Time", f"of dense, batch {batch}, {mode}", timing_key("ratio", batch, mode), 2, False))
-        columns.append(("Efficiency", f"batch {batch}, {mode}", timing_key("efficiency", batch, mode), 2, False))
+        columns.append(Column("Time", f"of dense, batch {batch}, {mode}", timing_key("ratio", batch, mode), 2))
+        hint = "share of the saved MACs that became saved time"
+        columns.append(
+            Column("Efficiency", f"batch {batch}, {mode}", timing_key("efficiency", batch, mode), 2, hint=hint)
+        )
     return _present(groups, columns)
 
 
 def detail_columns(groups: Sequence[Group], times: Sequence[tuple[int, str]]) -> list[Column]:
-    columns: list[Column] = [
-        ("FD", "lite0", "fd_lite0", 2, False),
-        ("SSIM", "to dense", "ssim", 3, False),
-        ("Feature distance", "to dense", "feature_distance", 3, False),
-        ("MACs", "× 10⁹", "macs", 2, False),
-        ("Peak memory", "MiB", "peak_memory_mib", 0, False),
+    """Every other metric, absolute costs and times."""
+    columns = [column for column in metric_columns(groups) if column.metric not in (*FIRST, "psnr")]
+    columns += [
+        Column("MACs", "× 10⁹", "macs", 2, scale=1e-9),
+        Column("Peak memory", "MiB", "peak_memory_mib", 0),
     ]
-    columns += [("Time", f"ms, batch {b}, {mode}", timing_key("ms", b, mode), 1, False) for b, mode in times]
+    columns += [Column("Time", f"ms, batch {b}, {mode}", timing_key("ms", b, mode), 1) for b, mode in times]
     return _present(groups, columns)
 
 
 def _present(groups: Sequence[Group], columns: Iterable[Column]) -> list[Column]:
-    """The columns that any arm has a figure for; MACs and KID always stand."""
+    """The columns that any arm has a figure for; MACs always stand."""
     found = {metric for group in groups for row in group.rows for metric in row.figures}
-    return [column for column in columns if column[2] in found or column[2] in ("fraction", "kid_lite0")]
-
-
-SCALES = {"excess_loss": 1e3, "macs": 1e-9}
-# Only what has an interval can be told apart, and only what a reader chooses an arm by is worth a mark.
-MARKED = ("kid_lite0", "kid_lite0_vs_dense", "excess_loss")
+    return [column for column in columns if column.metric in found or column.metric == "fraction"]
 
 
 def figures_table(groups: Sequence[Group], columns: Sequence[Column]) -> dict[str, Any]:
+    """All groups over the same columns, ready for a template."""
+    digits = {column.metric: _decimals(groups, column) for column in columns}
     bodies = []
     for group in groups:
-        winners = {c[2]: group.winner(c[2]) for c in columns if c[2] in MARKED or c[2].startswith("ratio")}
+        # Costs were asked for, not won; absolute times repeat the ratio.
+        marked = [
+            c.metric for c in columns if c.metric not in COSTS and not c.metric.startswith(("ms,", "efficiency,"))
+        ]
+        winners = {metric: group.winner(metric) for metric in marked}
         rows = []
         for row in group.rows:
             cells = [
-                _cell(row.figures.get(metric), metric, decimals, signed, winners.get(metric) == row.name)
-                for _, _, metric, decimals, signed in columns
+                _cell(row.figures.get(c.metric), c, digits[c.metric], winners.get(c.metric) == row.name)
+                for c in columns
             ]
-            rows.append({"row": row, "weights": _weights(row), "note": _note(row), "cells": cells})
+            warnings = list(dict.fromkeys(flag for record in row.measured for flag in flags_of(record)))
+            rows.append({"row": row, "weights": _weights(row), "note": _note(row), "cells": cells, "flags": warnings})
         name = "Dense budget" if group.budget == 1 else f"{100 * group.budget:g} % of the dense MACs"
         bodies.append({"name": name, "rows": rows})
     return {"columns": columns, "groups": bodies}
 
 
-def _cell(figure: Figure | None, metric: str, decimals: int, signed: bool, best: bool) -> Cell:
+def summary_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """One flat row an arm and budget: means over seeds with interval, spread, number of seeds and marks, unrounded."""
+    rows = []
+    for group in groups:
+        for row in group.rows:
+            flat: dict[str, Any] = {
+                "arm": row.name,
+                "budget": row.budget,
+                "weights": _weights(row),
+                "seeds": " ".join(str(record.seed) for record in row.measured),
+                "missing_seeds": " ".join(str(record.seed) for record in row.missing),
+                "n": row.record.n,
+                "flags": "; ".join(dict.fromkeys(flag for record in row.measured for flag in flags_of(record))),
+            }
+            for metric, figure in row.figures.items():
+                flat[metric] = figure.value
+                for part in ("low", "high", "spread"):
+                    flat[f"{metric}.{part}"] = getattr(figure, part)
+            flat["best_in"] = "; ".join(m for m in row.figures if m not in COSTS and group.winner(m) == row.name)
+            rows.append({key: value for key, value in flat.items() if value is not None})
+    return rows
+
+
+def _decimals(groups: Sequence[Group], column: Column) -> int:
+    if column.decimals is not None:
+        return column.decimals
+    figures = [row.figures[column.metric] for group in groups for row in group.rows if column.metric in row.figures]
+    largest = max(abs(figure.value * column.scale) for figure in figures)
+    return 3 if largest == 0 else min(6, max(0, 2 - math.floor(math.log10(largest))))
+
+
+def _cell(figure: Figure | None, column: Column, decimals: int, best: bool) -> Cell:
     if figure is None:
         return Cell(DASH)
-    scale = SCALES.get(metric, 1.0)
+    scale, signed = column.scale, column.signed
     text = _number(figure.value * scale, decimals, signed)
     details = []
-    if metric == "excess_loss" and figure.stderr is not None:
+    if column.deviation and figure.stderr is not None:
         details.append(f"± {_number(figure.stderr * scale, decimals)}")
     elif figure.interval is not None:
         low, high = (_number(end * scale, decimals, signed) for end in figure.interval)
         details.append(f"{low} to {high}")
-    if figure.spread is not None and metric not in ("fraction", "macs"):
+    if figure.spread is not None and column.metric not in COSTS:
         details.append(f"s {_number(figure.spread * scale, decimals)}")
     return Cell(text, tuple(details), best)
 

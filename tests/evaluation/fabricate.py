@@ -58,7 +58,7 @@ def make_record(
             "q3_ms": base * ratio * 1.03,
             "dense_median_ms": base,
             "repeats": 10,
-            "efficiency": 0.0 if dense else (1 - ratio) / (1 - fraction),
+            "efficiency": 0.0 if fraction == 1 else (1 - ratio) / (1 - fraction),
         }
         for batch, base in ((1, 210.0), (8, 1240.0))
     ]
@@ -127,7 +127,8 @@ def make_folder(folder: Path, seeds: tuple[int, ...] = (0,)) -> list[Record]:
             low = 3 if budget < 0.7 else 0
             bins = [[max(0, 10 - (layer + 2 * region) % 5 - low) for region in range(4)] for layer in range(12)]
             images: dict[str, Any] = {"samples": f"images/{name}-{100 * budget:g}-s{seed}.png"}
-            png(folder / images["samples"], 256, 128, seed)
+            # as a comparison lays them out: 10 pictures of 32 x 32 in a row, magnified 3 times, 3 white pixels between
+            png(folder / images["samples"], 10 * 99 - 3, 2 * 99 - 3, seed)
             if name == "diffcr":
                 images["masks"] = [f"images/mask-{100 * budget:g}-s{seed}.png"]
                 png(folder / images["masks"][0], 320, 64, seed)

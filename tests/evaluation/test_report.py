@@ -7,6 +7,7 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import pytest
 from fabricate import make_folder, make_record, png
 
 from diffratio.errors import DiffratioError
-from diffratio.evaluation import plots
+from diffratio.evaluation import report
+from diffratio.evaluation.metrics import METRICS
 from diffratio.evaluation.records import Arm, Record, write_record
-from diffratio.evaluation.report import write_report
-from diffratio.evaluation.summary import Group, headline, notices, summarise
+from diffratio.evaluation.report import COMPACT_LIMIT, ReportPaths, write_report
+from diffratio.evaluation.summary import Group, summarise
+from diffratio.evaluation.verdicts import flags, gaps, headline, notices
+from diffratio.evaluation.view import kind_of
 
 NASTY = '<script>alert(1)</script> & $x_1$ | "q"'
 
@@ -25,7 +29,7 @@ NASTY = '<script>alert(1)</script> & $x_1$ | "q"'
 class Outline(HTMLParser):
     """Collects headings, sources, links, tables' status cells and ids; checks that tags nest."""
 
-    VOID = {"meta", "link", "img", "br", "use", "path", "rect"}
+    VOID = {"col", "meta", "link", "img", "br", "use", "path", "rect"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,13 +71,26 @@ def groups_of(*records: Record) -> list[Group]:
     return summarise(records)
 
 
-def test_a_report_has_every_part_in_order_and_stands_alone(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    paths = write_report(tmp_path, "Trial")
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], ReportPaths]:
+    """A made-up comparison with class names on its samples, and its report in every form; tests only read it."""
+    folder = tmp_path_factory.mktemp("trial")
+    records = make_folder(folder)
+    for place, record in enumerate(records):
+        if record.arm.name == "dense":
+            named = {**record.images, "labels": [f"class{i}" for i in range(12)]}
+            records[place] = replace(record, images=named)
+            write_record(folder, records[place], replace=True)
+    return records, write_report(folder, "Trial", compact=True)
+
+
+def test_a_report_has_every_part_in_order_and_stands_alone(trial: tuple[list[Record], ReportPaths]) -> None:
+    _, paths = trial
     found = outline(paths.html.read_text(encoding="utf-8"))
     assert found.headings == [
-        "How to read this",
         "Summary",
+        "How to read this",
+        "Quality at equal cost",
         "Quality against cost",
         "Where each schedule keeps tokens",
         "Excess loss by noise region",
@@ -85,16 +102,16 @@ def test_a_report_has_every_part_in_order_and_stands_alone(tmp_path: Path) -> No
     ]
     outside = [source for source in found.sources if not source.startswith(("#", "data:"))]
     assert outside == []
-    assert sum(source.startswith("data:image/png;base64,") for source in found.sources) == 9 + 2
+    assert sum(source.startswith("data:image/png;base64,") for source in found.sources) == 9 + 2 + 5 + 5
     assert len(found.ids) == len(set(found.ids))
     assert "@import" not in "".join(found.text) and "url(http" not in "".join(found.text)
     text = " ".join(found.text)
     assert "out of memory" in text and "todo cannot reach a budget of 0.6" in text
 
 
-def test_markdown_shows_the_same_and_its_links_lead_to_files(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    text = write_report(tmp_path).markdown.read_text(encoding="utf-8")
+def test_markdown_shows_the_same_and_its_links_lead_to_files(trial: tuple[list[Record], ReportPaths]) -> None:
+    tmp_path = trial[1].markdown.parent
+    text = trial[1].markdown.read_text(encoding="utf-8")
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert len(links) > 15 and all((tmp_path / link).is_file() for link in links)
     for link in links:
@@ -107,9 +124,9 @@ def test_markdown_shows_the_same_and_its_links_lead_to_files(tmp_path: Path) -> 
     assert all(len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1 for table in tables)
 
 
-def test_the_csv_has_every_record_with_its_figures(tmp_path: Path) -> None:
-    records = make_folder(tmp_path)
-    with open(write_report(tmp_path).csv, encoding="utf-8", newline="") as handle:
+def test_the_csv_has_every_record_with_its_figures(trial: tuple[list[Record], ReportPaths]) -> None:
+    records, paths = trial
+    with open(paths.csv, encoding="utf-8", newline="") as handle:
         rows = {row["id"]: row for row in csv.DictReader(handle)}
     assert set(rows) == {record.id for record in records}
     for record in records:
@@ -120,7 +137,8 @@ def test_the_csv_has_every_record_with_its_figures(tmp_path: Path) -> None:
 
 
 def test_a_report_is_the_same_twice(tmp_path: Path) -> None:
-    make_folder(tmp_path)
+    for name in ("diffcr", "tome"):
+        write_record(tmp_path, make_record(name, schedule={"bins": [[10, 1]]}))
     first = write_report(tmp_path)
     before = {path: path.read_bytes() for path in (first.html, first.markdown, first.csv)}
     write_report(tmp_path)
@@ -144,20 +162,13 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
     assert any(word.startswith("<script>alert(1)") for word in words)
 
 
-def test_names_are_drawn_as_they_are() -> None:
-    arms = ["$x_1$", "_hidden"]
-    svg = plots.pareto([plots.Point(arm, 1.0 + i, 2.0 - i) for i, arm in enumerate(arms)], arms, "a", "b", "x")
-    words = [(e.text or "").strip("\u200a") for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("text")]
-    assert [words.count(arm) for arm in arms] == [2, 2]  # beside the point, and in the legend
-
-
 def test_a_winner_needs_an_interval_clear_of_all_others() -> None:
     (clear,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=2.0), make_record("c", kid=3.0))
     assert clear.winner("kid_lite0") == "a"
     # c is worse than b, but its wide interval reaches down to a's
-    (wide,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=2.0), make_record("c", kid=3.0, half=2.0))
+    (wide,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=2.0), make_record("c", kid=3.0, half=4.5))
     assert wide.winner("kid_lite0") is None and wide.rivals("kid_lite0") == ["c"]
-    (close,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=1.5))
+    (close,) = groups_of(make_record("a", kid=1.0), make_record("b", kid=1.2))
     assert close.winner("kid_lite0") is None
     (alone,) = groups_of(make_record("a"))
     assert alone.winner("kid_lite0") is None
@@ -225,7 +236,7 @@ def test_what_does_not_compare_is_said() -> None:
     (n,) = notices([make_record("a"), make_record("b", n=100)])
     assert "number of samples (500, 100)" in n
     (off,) = notices([make_record("a", fraction=0.75)])
-    assert "a-80-s0 costs 0.750" in off
+    assert "a costs 0.750" in off
     (seeds,) = notices([make_record("a"), make_record("a", seed=1), make_record("b")])
     assert "same seeds" in seeds
 
@@ -260,22 +271,117 @@ def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_front_holds_what_nothing_beats() -> None:
-    a, b, c, d = (plots.Point(n, x, y) for n, x, y in (("a", 1, 5), ("b", 2, 3), ("c", 2, 4), ("d", 3, 3)))
-    assert plots.pareto_front([d, c, b, a]) == [a, b]
+def test_higher_is_better_where_the_metric_says_so() -> None:
+    name = next(name for name in METRICS if METRICS[name].better == "higher")
+    records = [
+        replace(make_record(arm), quality={name: {"value": value, "low": value - 1, "high": value + 1}})
+        for arm, value in (("a", 10.0), ("b", 20.0))
+    ]
+    (group,) = groups_of(*records)
+    assert list(group.figures(name)) == ["b", "a"] and group.winner(name) == "b"
 
 
-def test_a_heat_map_shows_every_bin() -> None:
-    svg = plots.heat_map([[10, 4], [0, 7], [3, 3]], "x", "a & b")
-    root = ElementTree.fromstring(svg)
-    assert root.attrib["aria-label"] == "a & b"
-    shown = sorted(int(e.text or "") for e in root.iter() if e.tag.endswith("text") and (e.text or "").isdigit())
-    assert shown == sorted([10, 4, 0, 7, 3, 3] + [0, 1] + [0, 1, 2])
-    for value in (10, 4, 0, 7, 3):
-        assert plots.BIN_COLOURS[value] in svg
+def test_paired_differences_separate_what_the_intervals_do_not() -> None:
+    def arm(name: str, kid: float, paired: bool = True) -> Record:
+        record = make_record(name, kid=kid, half=1.0)
+        difference = {"value": kid - 1.8, "low": kid - 1.9, "high": kid - 1.7} if paired else None
+        return replace(record, quality={**record.quality, "kid_lite0_vs_dense": difference})
+
+    (paired,) = groups_of(arm("a", 2.0), arm("b", 2.5))
+    assert paired.winner("kid_lite0") == "a"
+    (sentence,) = headline([paired])
+    assert "paired on equal noise it lies clear of the next best, b" in sentence
+    (partly,) = groups_of(arm("a", 2.0), arm("b", 2.5, paired=False))
+    assert partly.winner("kid_lite0") is None
 
 
-def test_equal_costs_are_drawn_apart_and_others_stay() -> None:
-    points = [plots.Point("a", 0.798, 2), plots.Point("b", 0.797, 1), plots.Point("c", 1.0, 3)]
-    a, b, c = plots._spread(points)
-    assert c == 1.0 and 0 < b - a < 0.02 and (a + b) / 2 == pytest.approx(0.7975)
+def test_every_metric_of_the_records_gets_its_column(tmp_path: Path) -> None:
+    record = make_record("a")
+    extra = {"nearest_distance": {"value": 3.21}, "of_tomorrow": {"value": 0.01234}}
+    write_record(tmp_path, replace(record, quality={**record.quality, **extra}))
+    paths = write_report(tmp_path)
+    html = unescape(paths.html.read_text(encoding="utf-8"))
+    assert f'title="{METRICS["nearest_distance"].description}"' in html
+    assert "Of tomorrow" in html and "0.0123" in html
+    markdown = paths.markdown.read_text(encoding="utf-8")
+    assert "Nearest distance (higher is better)" in markdown and "3.21" in markdown
+
+
+def test_the_summary_csv_has_means_and_spread_and_the_other_each_seed(tmp_path: Path) -> None:
+    for seed, kid in enumerate((1.0, 2.0, 3.0)):
+        write_record(tmp_path, make_record("tome@finetuned", seed=seed, kid=kid))
+    paths = write_report(tmp_path)
+    with open(paths.summary, encoding="utf-8", newline="") as handle:
+        (row,) = csv.DictReader(handle)
+    assert row["arm"] == "tome@finetuned" and row["seeds"] == "0 1 2"
+    assert (float(row["kid_lite0"]), float(row["kid_lite0.spread"])) == (2.0, 1.0)
+    with open(paths.csv, encoding="utf-8", newline="") as handle:
+        assert [float(row["quality.kid_lite0.value"]) for row in csv.DictReader(handle)] == [1.0, 2.0, 3.0]
+
+
+def test_cells_without_a_record_are_named() -> None:
+    records = [
+        make_record("dense", 1.0), make_record("dense", 1.0, seed=1),
+        make_record("a"), make_record("a", seed=1),
+        make_record("a", 0.6), make_record("b"), make_record("b", seed=1),
+        Record(Arm("b", "w", {"name": "b"}), 0.6, 0, status="unreachable", message="too dear"),
+        Record(Arm("b", "w", {"name": "b"}), 0.6, 1, status="unreachable", message="too dear"),
+    ]  # fmt: skip
+    found = {(gap.arm, gap.budget, gap.status): gap.seeds for gap in gaps(records)}
+    assert found == {("b", 0.6, "unreachable"): (0, 1), ("a", 0.6, "no record"): (1,)}
+    (gap,) = gaps([make_record("a"), make_record("b", 0.6), make_record("b")])
+    assert (gap.arm, gap.budget, gap.message) == ("a", 0.6, "this arm was not run at this budget")
+
+
+def test_flags_stand_on_top_and_beside_their_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, lying = make_record("a"), make_record("b")
+    object.__setattr__(lying, "flags", ["MACs under-reported"])
+    assert flags([plain, lying]) == [("MACs under-reported", ["b at 0.8"])] and flags([plain]) == []
+    monkeypatch.setattr(report, "read_records", lambda folder: [plain, lying])
+    paths = write_report(tmp_path)
+    html = paths.html.read_text(encoding="utf-8")
+    assert html.index("MACs under-reported") < html.index("<h2>Summary")
+    assert html.count("⚑ MACs under-reported") == 1 + html.count("More figures")
+    assert "Flagged: MACs under-reported" in paths.markdown.read_text(encoding="utf-8").replace("\\", "")
+
+
+def test_kinds_of_arms() -> None:
+    def kind(name: str, method: str) -> str:
+        return kind_of(Arm(name, "w", {"name": method}))
+
+    assert kind("dense", "dense") == "dense" and kind("dense_finetuned", "dense") == "control"
+    assert kind("diffcr", "diffcr") == "learned" and kind("mod", "mod") == "control"
+    assert kind("tome@finetuned", "tome") == "free" and kind("x", "of_another_version") == "free"
+
+
+def test_samples_of_equal_noise_stand_in_one_figure(trial: tuple[list[Record], ReportPaths]) -> None:
+    html = trial[1].html.read_text(encoding="utf-8")
+    for budget in ("0.8", "0.6"):
+        assert f"At {budget} of the dense MACs, seed 0" in html
+    assert html.count("<span>class9</span>") == 2 and "class10" not in html
+    assert html.count('alt="Samples of dense"') == 2 and html.count('alt="Samples of tome"') == 2
+    assert (trial[1].html.parent / "plots" / "samples-80.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_compact_form_is_small_and_complete_in_itself(trial: tuple[list[Record], ReportPaths]) -> None:
+    compact = trial[1].compact
+    assert compact is not None
+    text = compact.read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(links) > 8 and all((compact.parent / link).is_file() for link in links)
+    assert "did not fit" not in text and "out of memory" in text
+    assert size_of(compact.parent) <= COMPACT_LIMIT
+
+
+def test_what_does_not_fit_into_the_compact_form_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    png(tmp_path / "images" / "m.png", 400, 200)
+    write_record(tmp_path, make_record(images={"masks": ["images/m.png"]}))
+    monkeypatch.setattr(report, "COMPACT_LIMIT", 60_000)
+    compact = write_report(tmp_path, compact=True).compact
+    assert compact is not None and size_of(compact.parent) <= 60_000
+    assert not (compact.parent / "images").exists() and (compact.parent / "plots").exists()
+    assert re.search(r"[1-9] images? did not fit", compact.read_text(encoding="utf-8"))
