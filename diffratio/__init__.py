@@ -14,8 +14,11 @@ _LAZY = {
     "Dense": "diffratio.methods.dense",
     "DiffCR": "diffratio.methods.diffcr",
     "FewerSteps": "diffratio.methods.fewer_steps",
+    "GuidanceInterval": "diffratio.methods.guidance_interval",
     "Hand": "diffratio.methods.hand",
+    "LiteUncond": "diffratio.methods.lite_uncond",
     "MoD": "diffratio.methods.mod",
+    "ToDo": "diffratio.methods.todo",
     "ToMe": "diffratio.methods.tome",
     "SamplingRun": "diffratio.cost.run",
     "KeepSchedule": "diffratio.routing.schedule",
@@ -41,8 +44,11 @@ if TYPE_CHECKING:
     from diffratio.methods.dense import Dense as Dense
     from diffratio.methods.diffcr import DiffCR as DiffCR
     from diffratio.methods.fewer_steps import FewerSteps as FewerSteps
+    from diffratio.methods.guidance_interval import GuidanceInterval as GuidanceInterval
     from diffratio.methods.hand import Hand as Hand
+    from diffratio.methods.lite_uncond import LiteUncond as LiteUncond
     from diffratio.methods.mod import MoD as MoD
+    from diffratio.methods.todo import ToDo as ToDo
     from diffratio.methods.tome import ToMe as ToMe
     from diffratio.routing.schedule import KeepSchedule as KeepSchedule
     from diffratio.surgery import apply_ as apply_

@@ -7,8 +7,11 @@ METHODS: dict[str, tuple[str, str]] = {
     "dense": ("diffratio.methods.dense", "every token in every block: the control that does nothing"),
     "diffcr": ("diffratio.methods.diffcr", "learned routers and differentiable keep ratios, layer x region"),
     "fewer_steps": ("diffratio.methods.fewer_steps", "the dense model at the step count that costs the budget"),
+    "guidance_interval": ("diffratio.methods.guidance_interval", "no unconditional half at some steps"),
     "hand": ("diffratio.methods.hand", "routed; fewer tokens in middle blocks at noisy levels, by rule"),
+    "lite_uncond": ("diffratio.methods.lite_uncond", "fewer tokens in the unconditional guidance half alone"),
     "mod": ("diffratio.methods.mod", "routed; the same keep ratio everywhere (Mixture-of-Depths)"),
+    "todo": ("diffratio.methods.todo", "keys and values from a coarser grid, training-free (ToDo)"),
     "tome": ("diffratio.methods.tome", "merges similar tokens around attention, training-free (ToMe)"),
 }
 

@@ -45,7 +45,7 @@ LIGHTNING = {"data", "training"}
 
 
 def room_of(path: Path) -> str:
-    """`methods/tome.py` -> methods, `surgery.py` -> surgery."""
+    """`methods/tome.py` -> methods, `cli.py` -> cli."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffratio.catalog import FAMILIES as _FAMILIES
 from diffratio.cost.macs import Description
-from diffratio.cost.run import Guidance, SamplingRun
+from diffratio.cost.run import Guidance, Halves, SamplingRun
 from diffratio.errors import DiffratioError, unknown
 from diffratio.tokens.grid import TokenGrid
 
@@ -28,6 +28,9 @@ class Backbone(ABC):
         per_token: names of block arguments with one entry an image token.
         per_sample: names of block arguments with one entry a sample.
         sites: site name -> attribute path of the submodule inside a block.
+        streams: names of the block arguments that a block returns, in the order in which it returns them.
+        batched: names of the transformer's own arguments with one entry a sample.
+        guidance_order: how the family's pipelines batch the guidance halves; `one` where there are none.
     """
 
     name: ClassVar[str]
@@ -35,6 +38,9 @@ class Backbone(ABC):
     per_token: ClassVar[tuple[str, ...]] = ()
     per_sample: ClassVar[tuple[str, ...]] = ()
     sites: ClassVar[Mapping[str, str]] = {}
+    streams: ClassVar[tuple[str, ...]] = ("hidden_states",)
+    batched: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep")
+    guidance_order: ClassVar[Halves] = "cond_first"
 
     @abstractmethod
     def matches(self, transformer: nn.Module) -> bool:
@@ -82,6 +88,20 @@ class Backbone(ABC):
 
     def undo_(self, transformer: nn.Module, prepared: dict[str, Any]) -> None:  # noqa: B027 (nothing to undo)
         """Restores what `prepare_` changed."""
+
+    def index_attention_(self, transformer: nn.Module) -> Any:
+        """Puts this family's own attention processor into every block; returns what `plain_attention_` needs.
+
+        It takes `query_index`, `key_index` and `key_bias` on top of the stock one's arguments, and equals it without.
+
+        Raises:
+            DiffratioError: the family has none, or the model's processors are not the stock ones.
+        """
+        raise DiffratioError(f"backbone {self.name} cannot choose queries and keys separately")
+
+    def plain_attention_(self, transformer: nn.Module, processors: Any) -> None:
+        """Puts the processors back that `index_attention_` replaced."""
+        raise NotImplementedError
 
     def null_label(self, transformer: nn.Module) -> int | None:
         """Class label that means "no condition", where the family is class-conditional."""

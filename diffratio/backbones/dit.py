@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from diffratio.backbones.attention import attention_modules, index_attention_, plain_attention_
 from diffratio.backbones.base import Backbone, register
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.errors import DiffratioError
@@ -25,6 +26,7 @@ class DiT(Backbone):
     name = "dit"
     per_sample = ("timestep", "class_labels")
     sites = {"self_attention": "attn1", "feed_forward": "ff"}
+    batched = ("hidden_states", "timestep", "class_labels")
 
     def matches(self, transformer: nn.Module) -> bool:
         """Whether it is diffusers' class, converted in place or not."""
@@ -132,6 +134,14 @@ class DiT(Backbone):
             rates.append(embedder.dropout_prob)
             embedder.dropout_prob = 0.0
         return {"label_dropout": rates}
+
+    def index_attention_(self, transformer: nn.Module) -> Any:
+        """In the self-attention of every block."""
+        return index_attention_(attention_modules(self.blocks(transformer), self.sites["self_attention"]))
+
+    def plain_attention_(self, transformer: nn.Module, processors: Any) -> None:
+        """The same objects as before."""
+        plain_attention_(attention_modules(self.blocks(transformer), self.sites["self_attention"]), processors)
 
     def undo_(self, transformer: nn.Module, prepared: dict[str, Any]) -> None:
         """Puts the label dropout back."""

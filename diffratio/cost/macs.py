@@ -93,7 +93,7 @@ class Description:
         """MACs of the whole run with every token computed everywhere, all guidance halves."""
         tokens = run.grid.tokens
         blocks = sum(block.macs(tokens, run.text_tokens, linear_only) for block in self.blocks)
-        return run.steps * run.halves * (self.outer(tokens) + blocks)
+        return run.forwards * (self.outer(tokens) + blocks)
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,13 @@ class BlockUse:
         tokens: image queries and image keys by site; None computes all of them; an empty use bypasses the block.
         planning: MACs of planning in this block.
         bypassed: the block is not run.
+        unconditional: how the unconditional guidance half uses the block, where it differs.
     """
 
     tokens: dict[str, tuple[int, int]] | None = None
     planning: int = 0
     bypassed: bool = False
+    unconditional: BlockUse | None = None
 
 
 def run_cost(
@@ -139,8 +141,9 @@ def run_cost(
     use: Callable[[int, int], BlockUse],
     reference: SamplingRun | None = None,
     linear_only: bool = False,
+    evaluated: Callable[[int], bool] | None = None,
 ) -> Cost:
-    """Adds up a run.
+    """Adds up a run, guidance halves step by step.
 
     Args:
         description: the transformer.
@@ -148,23 +151,27 @@ def run_cost(
         use: (layer, step) -> how that block is used in that step.
         reference: the run whose dense cost is the denominator (default: `run`).
         linear_only: count Linear layers only, as most papers do.
+        evaluated: step -> whether anything is computed in it; a step that is not costs nothing (default: all are).
     """
     tokens, text = run.grid.tokens, run.text_tokens
+    steps = [step for step in range(run.steps) if evaluated is None or evaluated(step)]
+
+    def macs_of(block: BlockCost, one: BlockUse) -> int:
+        if one.bypassed:
+            return 0
+        counts = one.tokens or {}
+        sites = (site.macs(*counts.get(site.name, (tokens, tokens)), text, linear_only) for site in block.sites)
+        return block.fixed + sum(sites)
+
     per_block, planning = [0] * description.layers, 0
     for layer, block in enumerate(description.blocks):
-        for step in range(run.steps):
-            one = use(layer, step)
-            planning += run.halves * one.planning
-            per_block[layer] += run.halves * one.planning
-            if one.bypassed:
-                continue
-            counts = one.tokens or {}
-            macs = block.fixed
-            for site in block.sites:
-                queries, keys = counts.get(site.name, (tokens, tokens))
-                macs += site.macs(queries, keys, text, linear_only)
-            per_block[layer] += run.halves * macs
-    total = sum(per_block) + run.steps * run.halves * description.outer(tokens)
+        for step in steps:
+            one, halves = use(layer, step), run.halves_at(step)
+            shares = [(one, halves)] if one.unconditional is None else [(one, 1), (one.unconditional, halves - 1)]
+            for share, times in shares:
+                planning += times * share.planning
+                per_block[layer] += times * (share.planning + macs_of(block, share))
+    total = sum(per_block) + sum(run.halves_at(step) for step in steps) * description.outer(tokens)
     return Cost(total, description.dense(reference or run, linear_only), tuple(per_block), planning)
 
 
@@ -186,13 +193,13 @@ class CostTable:
 
     def fraction(self, bins: Sequence[Sequence[int]]) -> float:
         """Fraction of the dense run of a table bins[layer][region]."""
-        counts = self.run.region_counts(len(bins[0]))
+        counts = self.run.region_forwards(len(bins[0]))
         blocks = sum(
             count * row[bin_]
             for row, layer in zip(self.cells, bins, strict=True)
             for count, bin_ in zip(counts, layer, strict=True)
         )
-        return (blocks + self.run.steps * self.outer) / (self.run.steps * self.dense)
+        return (blocks + self.run.forwards * self.outer) / (self.run.forwards * self.dense)
 
 
 def macs_table(description: Description, run: SamplingRun, alignment: int = 1, router: bool = True) -> CostTable:

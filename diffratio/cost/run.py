@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,7 +11,8 @@ from diffratio.errors import DiffratioError
 from diffratio.tokens.grid import TokenGrid
 
 Guidance = Literal["none", "cfg"]
-Halves = Literal["one", "cond_first", "uncond_first"]
+# what one forward's batch holds: both guidance halves in some order, one half alone, or no guidance (`one`)
+Halves = Literal["one", "cond_first", "uncond_first", "cond", "uncond"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class SamplingRun:
         guidance: `cfg` evaluates the conditional and the unconditional half, `none` only one.
         text_tokens: text tokens of one sample (0 for class-conditional models).
         batch: samples generated together (costs are per sample; latency is not).
+        guided: by step, whether the unconditional half is evaluated too; None is in every step, as `guidance` says.
     """
 
     noise_levels: tuple[float, ...]
@@ -31,6 +33,7 @@ class SamplingRun:
     guidance: Guidance = "cfg"
     text_tokens: int = 0
     batch: int = 1
+    guided: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "noise_levels", tuple(float(u) for u in self.noise_levels))
@@ -44,6 +47,20 @@ class SamplingRun:
             raise DiffratioError(f"text tokens of a run must be an integer of at least 0, got {self.text_tokens!r}")
         if type(self.batch) is not int or self.batch < 1:
             raise DiffratioError(f"batch of a run must be an integer of at least 1, got {self.batch!r}")
+        if self.guided is not None:
+            self._check_guided()
+
+    def _check_guided(self) -> None:
+        guided = self.guided
+        if not isinstance(guided, list | tuple) or any(type(one) is not bool for one in guided):
+            raise DiffratioError(f"guided steps of a run are a list of true and false, got {guided!r}")
+        if len(guided) != self.steps:
+            raise DiffratioError(
+                f"guided says it of {len(guided)} steps and the run has {self.steps}: give one for each"
+            )
+        if self.guidance == "none":
+            raise DiffratioError("a run with guidance 'none' has no guided steps to choose: leave guided out")
+        object.__setattr__(self, "guided", None if all(guided) else tuple(guided))  # equal runs compare equal
 
     @property
     def steps(self) -> int:
@@ -52,8 +69,21 @@ class SamplingRun:
 
     @property
     def halves(self) -> int:
-        """Forwards per step and sample."""
+        """Forwards per guided step and sample."""
         return 2 if self.guidance == "cfg" else 1
+
+    def halves_at(self, step: int) -> int:
+        """Forwards of one step per sample: one where the unconditional half is left out."""
+        return self.halves if self.guided is None or self.guided[step] else 1
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the whole run per sample."""
+        return sum(self.halves_at(step) for step in range(self.steps))
+
+    def with_guided(self, guided: tuple[bool, ...] | None) -> SamplingRun:
+        """The run with other guided steps."""
+        return self if guided == self.guided else replace(self, guided=guided)
 
     def region_counts(self, regions: int) -> tuple[int, ...]:
         """How many steps fall into each of R regions, cleanest first."""
@@ -62,15 +92,25 @@ class SamplingRun:
             counts[region_of(u, regions)] += 1
         return tuple(counts)
 
+    def region_forwards(self, regions: int) -> tuple[int, ...]:
+        """How many forwards a sample has in each of R regions, both guidance halves, cleanest first."""
+        counts = [0] * regions
+        for step, u in enumerate(self.noise_levels):
+            counts[region_of(u, regions)] += self.halves_at(step)
+        return tuple(counts)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` is its inverse."""
-        return {
+        document: dict[str, Any] = {
             "noise_levels": list(self.noise_levels),
             "grid": [self.grid.height, self.grid.width],
             "guidance": self.guidance,
             "text_tokens": self.text_tokens,
             "batch": self.batch,
         }
+        if self.guided is not None:
+            document["guided"] = list(self.guided)
+        return document
 
     @classmethod
     def from_json(cls, document: Any) -> SamplingRun:
@@ -83,8 +123,9 @@ class SamplingRun:
                 guidance=document["guidance"],
                 text_tokens=document["text_tokens"],
                 batch=document["batch"],
+                guided=document.get("guided"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, DiffratioError):
                 raise
             raise DiffratioError(f"not a sampling run: {type(error).__name__} {error}") from None
@@ -117,7 +158,8 @@ class StepContext:
         noise_levels: per-sample noise levels (B,) while training, or outside an open run.
         run: the open run, or None.
         grid: token grid of this forward.
-        halves: which guidance halves the batch holds.
+        halves: which guidance halves the blocks' batch holds: `cond_first` or `uncond_first` (both), `cond` or `uncond`
+            (one of them; also the conditional half of a step without guidance), or `one` (no guidance, or not said).
         training: whether the transformer is in training mode.
         seed: seed of the run; a method's draws depend on (seed, step, sample) alone.
     """

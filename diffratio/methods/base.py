@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +14,7 @@ from diffratio.catalog import METHODS as _METHODS
 from diffratio.cost.macs import BlockUse, Cost, Description, run_cost
 from diffratio.cost.run import SamplingRun, StepContext
 from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
+from diffratio.methods.actions import Reuse, Skip, StepAction
 from diffratio.routing.schedule import SLACK, KeepSchedule
 from diffratio.tokens.plan import Plan
 
@@ -94,6 +95,8 @@ class Method:
         stateful: needs an open run (state from step to step).
         token_level: reduces tokens; two such methods cannot share a transformer.
         learned: adds parameters.
+        needs_guidance: works on the guidance halves; a run without guidance is an error.
+        indexes_attention: its attention plans choose queries and keys separately (`AttentionPlan`).
     """
 
     name: ClassVar[str]
@@ -101,6 +104,8 @@ class Method:
     stateful: ClassVar[bool] = False
     token_level: ClassVar[bool] = True
     learned: ClassVar[bool] = False
+    needs_guidance: ClassVar[bool] = False
+    indexes_attention: ClassVar[bool] = False
 
     def __init__(self, config: Any, description: Description) -> None:
         self.config = config
@@ -119,11 +124,33 @@ class Method:
         return ()
 
     def adapt(self, run: SamplingRun) -> SamplingRun:
-        """The run that is really evaluated; fewer steps, for instance."""
-        return run
+        """The run that is really evaluated; fewer steps, for instance. The default chooses the guided steps."""
+        return run.with_guided(self.guided(run))
 
-    def begin_step(self, ctx: StepContext) -> None:
-        """Called before the first block of every forward."""
+    def guided(self, run: SamplingRun) -> tuple[bool, ...] | None:
+        """By step, whether the unconditional half is evaluated; None is every step, as the run's guidance says."""
+        return run.guided
+
+    def action(self, step: int, run: SamplingRun) -> StepAction | None:
+        """What is done with a whole step instead of computing it in full; None computes it. Costs ask for this."""
+        return None
+
+    def skips(self, run: SamplingRun) -> tuple[Skip, ...]:
+        """Block ranges whose residual is kept at full steps; the default is those of `action`."""
+        actions = (self.action(step, run) for step in range(run.steps))
+        return tuple(dict.fromkeys(one for one in actions if isinstance(one, Skip)))
+
+    def begin_run(self, run: SamplingRun) -> None:
+        """A sampling run begins: whatever is kept from step to step is forgotten here."""
+
+    def begin_step(self, ctx: StepContext) -> StepAction | None:
+        """Called before the first block of every forward, unless a method further out reuses the last output.
+
+        Returns:
+            What is done with the step instead of computing it in full. The default does as `action` says in an open
+            run; a method that decides otherwise says in `skips` which ranges it may skip, and in `macs` what it costs.
+        """
+        return None if ctx.run is None or ctx.step is None else self.action(ctx.step, ctx.run)
 
     def plan(self, layer: int, site: str, x: Tensor, ctx: StepContext) -> Plan | None:
         """The plan for one place, or None to compute everything. Asked at `block` first.
@@ -142,16 +169,19 @@ class Method:
         return call() if plan is None else plan.restore(call(plan), call.x)
 
     def end_step(self, output: Tensor, ctx: StepContext) -> None:
-        """Called with the prediction of every forward."""
+        """Called with the prediction of every forward that was computed (not with a reused one)."""
 
     def use(self, layer: int, step: int, run: SamplingRun) -> BlockUse:
         """How a block is used in a step, for the accounting."""
         return BlockUse()
 
     def macs(self, run: SamplingRun, linear_only: bool = False) -> Cost:
-        """Cost on a run, planning included, against the dense cost of the same run."""
-        adapted = self.adapt(run)
-        return run_cost(self.description, adapted, lambda layer, step: self.use(layer, step, adapted), run, linear_only)
+        """Cost on a run, planning included, against the dense cost of the same run.
+
+        Raises:
+            DiffratioError: the method works on the guidance halves and the run has none.
+        """
+        return combined_cost([self], self.adapt(run), run, linear_only)
 
     @classmethod
     def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> Any:
@@ -161,6 +191,58 @@ class Method:
             BudgetUnreachable: no setting of the knob does.
         """
         return dearest_within(cls, [cls.config_class()], description, run, check_budget(budget))
+
+
+def check_guidance(method: type[Method], run: SamplingRun) -> None:
+    """Raises DiffratioError for a method that works on the guidance halves, on a run without guidance."""
+    if method.needs_guidance and run.guidance == "none":
+        raise DiffratioError(
+            f"{method.name} needs classifier-free guidance and this run has guidance 'none': "
+            "take a run with guidance 'cfg' (guidance_scale above 1)"
+        )
+
+
+def action_of(methods: Sequence[Method], step: int, run: SamplingRun) -> StepAction | None:
+    """What methods make of a step together: the outermost one that wants something decides."""
+    return next((action for method in methods if (action := method.action(step, run)) is not None), None)
+
+
+def combined_use(
+    methods: Sequence[Method], layer: int, step: int, run: SamplingRun, action: StepAction | None
+) -> BlockUse:
+    """How a block is used in a step: as the last (token-level) method says, unless a step-level one skips it."""
+    outer = [method.use(layer, step, run) for method in methods[:-1]]
+    if (isinstance(action, Skip) and action.covers(layer)) or any(use.bypassed for use in outer):
+        return BlockUse(bypassed=True)
+    use = methods[-1].use(layer, step, run)
+    return dataclasses.replace(use, planning=use.planning + sum(one.planning for one in outer)) if outer else use
+
+
+def combined_cost(
+    methods: Sequence[Method], run: SamplingRun, reference: SamplingRun, linear_only: bool = False
+) -> Cost:
+    """Cost of methods that share a transformer.
+
+    Args:
+        methods: outermost first; the last one decides the plans.
+        run: the run that is evaluated, adapted by all of them.
+        reference: the run whose dense cost is the denominator.
+        linear_only: count Linear layers only.
+
+    Raises:
+        DiffratioError: one of them works on the guidance halves and the run has none.
+    """
+    for method in methods:
+        check_guidance(type(method), run)
+    actions = [action_of(methods, step, run) for step in range(run.steps)]
+    return run_cost(
+        methods[-1].description,
+        run,
+        lambda layer, step: combined_use(methods, layer, step, run, actions[step]),
+        reference,
+        linear_only,
+        lambda step: not isinstance(actions[step], Reuse),
+    )
 
 
 def dearest_within(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffratio.cost.macs import Description
 from diffratio.cost.run import SamplingRun
@@ -46,8 +46,9 @@ class FewerStepsMethod(Method):
             low = min(int(at), run.steps - 1)
             return levels[low] + (at - low) * (levels[low + 1] - levels[low])
 
-        placed = tuple(level(i * run.steps / steps) for i in range(steps))
-        return SamplingRun(placed, run.grid, run.guidance, run.text_tokens, run.batch)
+        positions = [i * run.steps / steps for i in range(steps)]
+        guided = None if run.guided is None else tuple(run.guided[int(at)] for at in positions)
+        return replace(run, noise_levels=tuple(level(at) for at in positions), guided=guided)
 
     @classmethod
     def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> FewerSteps:

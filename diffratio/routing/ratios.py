@@ -84,9 +84,9 @@ def interpolated(costs: Sequence[float], ratio: float) -> tuple[float, float]:
 
 def budget_of(table: Sequence[Sequence[float]], costs: CostTable) -> tuple[float, list[list[float]]]:
     """Fraction of the dense run that a table of ratios [layer][region] costs, and its gradient."""
-    counts = costs.run.region_counts(len(table[0]))
-    scale = 1 / (costs.run.steps * costs.dense)
-    total, gradient = costs.run.steps * costs.outer, []
+    counts = costs.run.region_forwards(len(table[0]))
+    scale = 1 / (costs.run.forwards * costs.dense)
+    total, gradient = costs.run.forwards * costs.outer, []
     for row, layer in zip(costs.cells, table, strict=True):
         slopes = []
         for count, ratio in zip(counts, layer, strict=True):
@@ -163,8 +163,8 @@ class BudgetProjection:
         normal = start.new_tensor(budget_of(start.clamp(max=1 - 1e-3).tolist(), self.costs)[1])
         # where two bins compute equally many tokens (few tokens, alignment) a cell moves by its mean slope
         mean = start.new_tensor([10 * (row[10] - row[1]) / 9 for row in self.costs.cells])[:, None]
-        counts = start.new_tensor([float(count) for count in self.costs.run.region_counts(start.shape[1])])
-        normal = torch.where(normal > 0, normal, mean * counts / (self.costs.run.steps * self.costs.dense))
+        counts = start.new_tensor([float(count) for count in self.costs.run.region_forwards(start.shape[1])])
+        normal = torch.where(normal > 0, normal, mean * counts / (self.costs.run.forwards * self.costs.dense))
         if not (normal > 0).any():
             return budget_of(start.tolist(), self.costs)[0]
         direction = normal / normal.max()

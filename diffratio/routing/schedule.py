@@ -143,7 +143,7 @@ def round_to_budget(
         raise BudgetUnreachable("rounding", budget, (lowest, 1.0))
     table = tuple(tuple(min(10, max(1, round(10 * r))) for r in row) for row in ratios)
     cells = [(layer, region) for layer in range(layers) for region in range(regions)]
-    counts = costs.run.region_counts(regions)
+    counts = costs.run.region_forwards(regions)
 
     slopes = [[max(value, 0.0) for value in row] for row in harm] if harm is not None else [[0.0] * regions] * layers
     typical = (sum(map(sum, slopes)) / len(cells)) or 1.0

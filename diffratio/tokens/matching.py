@@ -54,6 +54,11 @@ def cell_destinations(grid: TokenGrid, cell: int, draws: Tensor | None) -> tuple
     return is_source.nonzero()[:, 0], destinations
 
 
+def strided_tokens(grid: TokenGrid, stride: int) -> Tensor:
+    """Tokens at rows and columns 0, s, 2s, ...: one a cell, cut cells at the edges included -> (M,), raster order."""
+    return torch.arange(grid.tokens).view(grid.height, grid.width)[::stride, ::stride].reshape(-1)
+
+
 def bipartite_merge(metric: Tensor, sources: Tensor, destinations: Tensor, removed: int) -> MergePlan:
     """Merges the `removed` sources that are most similar to some destination into it.
 

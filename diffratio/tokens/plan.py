@@ -108,3 +108,43 @@ class MergePlan:
     def restore(self, y: Tensor, x: Tensor) -> Tensor:
         """One gather: every member copies its group's result."""
         return gather_tokens(y, self.slots.expand(y.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Queries and keys of one self-attention, chosen separately; the attention processor does the gathering.
+
+    Args:
+        tokens: number of tokens N.
+        keys: tokens that are keys and values, (B or 1, M); None takes all.
+        queries: tokens that are queries, and how the others get a result; None computes all of them.
+        bias: added to the logits of each chosen key, float32, (B or 1, M); None adds nothing.
+    """
+
+    tokens: int
+    keys: Tensor | None = None
+    queries: KeepPlan | None = None
+    bias: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        """Number of queries K."""
+        return self.tokens if self.queries is None else self.queries.kept
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, K, C): the queries."""
+        return x if self.queries is None else self.queries.reduce(x)
+
+    def take(self, argument: Tensor) -> Tensor:
+        """The queries' entries of a per-token argument."""
+        return argument if self.queries is None else self.queries.take(argument)
+
+    def restore(self, y: Tensor, x: Tensor) -> Tensor:
+        """Results of the queries (B, K, C) -> (B, N, C)."""
+        return y if self.queries is None else self.queries.restore(y, x)
+
+    def arguments(self) -> dict[str, Tensor]:
+        """What the family's attention processor is given."""
+        query_index = None if self.queries is None else self.queries.index
+        given = {"query_index": query_index, "key_index": self.keys, "key_bias": self.bias}
+        return {name: value for name, value in given.items() if value is not None}

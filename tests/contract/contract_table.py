@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import diffratio
 from diffratio.backbones import get_backbone
-from diffratio.cost.run import SamplingRun, uniform_run
+from diffratio.cost.run import Halves, SamplingRun, uniform_run
 from diffratio.methods import MethodConfig
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.surgery import attachment
@@ -34,6 +34,8 @@ class Row:
         neutral: builds the config that must give the dense model, bit for bit.
         ratios: whether keep ratios are learned.
         trains: whether its own parameters learn.
+        halves: which guidance halves the batches of these tests hold, for methods that work on them.
+        whole_run: whether only the run shows what the method does, not a single forward.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Row:
     neutral: Callable[[], MethodConfig]
     ratios: bool = False
     trains: bool = False
+    halves: Halves | None = None
+    whole_run: bool = False
 
 
 def _schedule(bins: tuple[tuple[int, ...], ...], alignment: int = 1) -> KeepSchedule:
@@ -80,7 +84,24 @@ ROWS = [
         ratios=True,
         trains=True,
     ),
-    Row("fewer_steps", "fewer_steps", lambda: diffratio.FewerSteps(0.5), diffratio.FewerSteps),
+    Row("fewer_steps", "fewer_steps", lambda: diffratio.FewerSteps(0.5), diffratio.FewerSteps, whole_run=True),
+    Row(
+        "guidance_interval",
+        "guidance_interval",
+        lambda: diffratio.GuidanceInterval(skip=0.5),
+        diffratio.GuidanceInterval,
+        halves="cond",
+        whole_run=True,
+    ),
+    Row(
+        "lite_uncond",
+        "lite_uncond",
+        lambda: diffratio.LiteUncond(keep=0.45),
+        diffratio.LiteUncond,
+        halves="uncond",
+    ),
+    Row("todo", "todo", lambda: diffratio.ToDo(factor=2), diffratio.ToDo),
+    Row("todo by block", "todo", lambda: diffratio.ToDo(factor=(1, 3, 4)), lambda: diffratio.ToDo(factor=(1, 1, 1))),
     _tome("tome"),
     _tome("tome both sites", sites=BOTH),
     _tome("tome normed", metric="normed"),
@@ -102,6 +123,7 @@ def applied(row: Row, backbone: str, seed: int = 0, neutral: bool = False) -> An
     """A tiny transformer with the row's method; learned ratios stand between bins, and on one."""
     transformer = transformer_of(backbone, seed)
     diffratio.apply_(transformer, row.neutral() if neutral else row.config())
+    attachment(transformer).halves = row.halves
     if row.ratios and not neutral:
         with torch.no_grad():
             rho = transformer.keep_ratios.rho

@@ -85,6 +85,17 @@ def test_json_round_trip(levels: list[float], guidance: Any, text: int, batch: i
     assert SamplingRun.from_json(json.loads(json.dumps(run.to_json()))) == run
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_guided_steps_count_both_halves(guided: list[bool]) -> None:
+    plain = uniform_run(len(guided), GRID)
+    run = plain.with_guided(tuple(guided))
+    assert SamplingRun.from_json(json.loads(json.dumps(run.to_json()))) == run
+    assert [run.halves_at(step) for step in range(run.steps)] == [2 if both else 1 for both in guided]
+    assert run.forwards == len(guided) + sum(guided) == sum(run.region_forwards(7))
+    assert plain.forwards == 2 * plain.steps and sum(plain.region_counts(7)) == plain.steps
+    assert (run == plain) == all(guided) == ("guided" not in run.to_json())
+
+
 GOOD = uniform_run(3, GRID).to_json()
 
 
@@ -106,6 +117,10 @@ GOOD = uniform_run(3, GRID).to_json()
         {"text_tokens": 2.5},
         {"batch": 0},
         {"batch": "2"},
+        {"guided": [True, False]},
+        {"guided": [1, 0, 1]},
+        {"guided": "yes"},
+        {"guided": [True, False, True], "guidance": "none"},
     ],
 )
 def test_runs_that_make_no_sense_are_refused(change: dict) -> None:

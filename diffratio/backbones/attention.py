@@ -1,0 +1,112 @@
+"""Attention on chosen queries and keys: a processor around the stock one of diffusers' `Attention` module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffratio.errors import DiffratioError
+from diffratio.tokens.plan import gather_tokens
+
+
+class IndexedAttention:
+    """diffusers' `AttnProcessor2_0` with queries and keys by index, and a bias by key.
+
+    Without a bias the stock processor does the work on the chosen tokens, so it equals it bit for bit where nothing
+    is given. For self-attention of three-dimensional input (DiT, PixArt).
+    """
+
+    def __init__(self) -> None:
+        self.stock = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        query_index: Tensor | None = None,
+        key_index: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output of the chosen queries.
+
+        Args:
+            attn: the `Attention` module.
+            hidden_states: tokens (B, N, C).
+            encoder_hidden_states: other tokens to take keys and values from; stock behaviour, not with an index.
+            attention_mask: stock behaviour, not with an index or a bias.
+            temb: stock behaviour.
+            query_index: tokens that are queries, (B or 1, Q); None takes all.
+            key_index: tokens that are keys and values, (B or 1, M); None takes all.
+            key_bias: added to the logits of each chosen key in float32, (B or 1, M).
+
+        Returns:
+            (B, Q, C).
+        """
+        if query_index is None and key_index is None and key_bias is None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise DiffratioError("queries and keys by index are for self-attention without a mask")
+        queries = hidden_states if query_index is None else gather_tokens(hidden_states, query_index)
+        keys = hidden_states if key_index is None else gather_tokens(hidden_states, key_index)
+        if key_bias is None:
+            return self.stock(attn, queries, keys, None, temb)
+        return _biased(attn, queries, keys, key_bias)
+
+
+def _biased(attn: Any, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """Attention of (B, Q, C) to (B, M, C) with the logits of every key raised by its bias (B or 1, M)."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, tokens, head_dim)
+
+    q, k, v = heads(attn.to_q(queries)), heads(attn.to_k(keys)), heads(attn.to_v(keys))
+    q = q if attn.norm_q is None else attn.norm_q(q)
+    k = k if attn.norm_k is None else attn.norm_k(k)
+    # the fused kernel takes a bias of the queries' type alone: half precision would round log-weights to three digits
+    with torch.autocast(q.device.type, enabled=False):
+        mask = bias.float()[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+        y = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    y = y.transpose(1, 2).flatten(2).to(q.dtype)
+    return attn.to_out[1](attn.to_out[0](y)) / attn.rescale_output_factor
+
+
+def attention_modules(blocks: Iterable[nn.Module], path: str) -> list[Any]:
+    """The attention module of every block, by its path inside the block."""
+    return [block.get_submodule(path) for block in blocks]
+
+
+def index_attention_(modules: Sequence[Any]) -> list[Any]:
+    """Replaces the processors of attention modules by `IndexedAttention`.
+
+    Returns:
+        The processors that were there, for `plain_attention_`.
+
+    Raises:
+        DiffratioError: one of them is not diffusers' stock processor, or the module does what ours cannot.
+    """
+    for module in modules:
+        if type(module.processor) is not AttnProcessor2_0:
+            raise DiffratioError(
+                f"the attention processor is {type(module.processor).__name__}, and choosing queries and keys "
+                "stands for AttnProcessor2_0 alone: call set_processor(AttnProcessor2_0()) of each attention module"
+            )
+        if module.residual_connection or module.group_norm is not None or module.spatial_norm is not None:
+            raise DiffratioError("attention with a residual, group or spatial norm of its own cannot choose its keys")
+    found = [module.processor for module in modules]
+    for module in modules:
+        module.processor = IndexedAttention()
+    return found
+
+
+def plain_attention_(modules: Sequence[Any], processors: Sequence[Any]) -> None:
+    """Puts processors back."""
+    for module, processor in zip(modules, processors, strict=True):
+        module.processor = processor

@@ -1,0 +1,128 @@
+"""The mixins of a converted transformer, its blocks and its sites."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffratio.errors import DiffratioError
+from diffratio.methods.actions import Reuse, Skip
+from diffratio.methods.base import BlockCall
+from diffratio.surgery.memory import Streams, conditional
+from diffratio.surgery.state import BATCHED, Attachment
+from diffratio.surgery.swap import Converted, base_of, bound
+from diffratio.tokens.plan import AttentionPlan
+
+
+class TransformerMixin(Converted):
+    """Opens and closes a forward; reuses the last output, or evaluates the conditional half alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's."""
+        inner = super().forward  # type: ignore[misc]
+        state: Attachment = self._diffratio
+        arguments = bound(base_of(type(self)).forward, args, kwargs)
+        context = state.begin(self, arguments)  # type: ignore[arg-type]
+        held = state.halves or context.halves  # by the batch as it came
+        batch = arguments["hidden_states"].shape[0]
+        if isinstance(state.action, Reuse):
+            return _wrapped(state.memory.output(batch, held), arguments)
+        single = context.halves == "cond" and held in BATCHED
+        if single:
+            for name in state.backbone.batched:
+                arguments[name] = conditional(arguments.get(name), held, batch)
+        output = inner(**arguments)
+        prediction = output[0]
+        for method in state.methods:
+            method.end_step(prediction, context)
+        if single:  # guidance between two equal predictions changes nothing
+            prediction = torch.cat([prediction, prediction])
+            output = _wrapped(prediction, arguments)
+        if context.run is not None:
+            state.memory.keep_output(prediction, held)
+        return output
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's; refused where parameters would be lost."""
+        if any(method.learned for method in self._diffratio.methods):
+            raise DiffratioError(
+                "a routed transformer saved by diffusers would load again as a silently dense model; "
+                "use diffratio.export(transformer, folder), or diffratio.remove_ it first"
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def _wrapped(prediction: Tensor, arguments: dict[str, Any]) -> Any:
+    """A prediction in the form that was asked for."""
+    if not arguments.get("return_dict", True):
+        return (prediction,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=prediction)
+
+
+class BlockMixin(Converted):
+    """Hands a block to the token-level method, or adds a stored residual instead."""
+
+    _diffratio_layer: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's."""
+        state: Attachment = self._diffratio
+        context, layer = state.context, self._diffratio_layer
+        base = base_of(type(self))
+        if context is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        backbone, arguments = state.backbone, bound(base.forward, args, kwargs)
+        entering: Streams = tuple(arguments.get(name) for name in backbone.streams)
+        if isinstance(state.action, Skip) and state.action.covers(layer):
+            if layer > state.action.first:  # the residual is already on it
+                return _joined(entering)
+            return _joined(state.memory.skip(state.action, entering, context.halves))
+        inner = super().forward if state.compile_options is None else _compiled(base, self, state)  # type: ignore[misc]
+        call = BlockCall(inner, arguments, backbone.hidden, backbone.per_token, backbone.per_sample)
+        if not state.memory.ranges or state.action is not None or context.run is None:
+            return state.token_method.run_block(layer, call, context)
+        state.memory.enter(layer, entering)
+        output = state.token_method.run_block(layer, call, context)
+        state.memory.leave(layer, output if isinstance(output, tuple) else (output,), context.halves)
+        return output
+
+
+def _joined(streams: Streams) -> Any:
+    """Streams in the form in which a block returns them."""
+    return streams[0] if len(streams) == 1 else streams
+
+
+_COMPILED: dict[tuple[type, str], Any] = {}
+
+
+def _compiled(base: Any, block: Any, state: Attachment) -> Any:
+    options = state.compile_options
+    assert options is not None
+    key = (base, repr(sorted(options.items())))  # torch.compile takes options that cannot be hashed
+    if key not in _COMPILED:
+        _COMPILED[key] = torch.compile(base.forward, **options)
+    return functools.partial(_COMPILED[key], block)
+
+
+class SiteMixin(Converted):
+    """Runs a module inside a block on a plan's tokens."""
+
+    _diffratio_layer: int
+    _diffratio_site: str
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's."""
+        inner, context = super().forward, self._diffratio.context  # type: ignore[misc]
+        plan = None
+        if context is not None:
+            plan = self._diffratio.token_method.plan(self._diffratio_layer, self._diffratio_site, x, context)
+        if plan is None:
+            return inner(x, *args, **kwargs)
+        if isinstance(plan, AttentionPlan):  # the attention processor gathers: queries and keys differ
+            return plan.restore(inner(x, *args, **kwargs, **plan.arguments()), x)
+        return plan.restore(inner(plan.reduce(x), *args, **kwargs), x)

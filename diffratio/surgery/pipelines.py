@@ -1,0 +1,112 @@
+"""Ties a diffusers pipeline to the methods in its transformer: scheduler and call are swapped in place."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_args
+
+from torch import Tensor
+
+from diffratio.cost.run import Halves, SamplingRun
+from diffratio.errors import DiffratioError, unknown
+from diffratio.surgery.state import Attachment, attachment
+from diffratio.surgery.swap import STATE, Converted, base_of, bound, swap, unswap
+
+_SCALE = "guidance_scale"
+
+
+class SchedulerMixin(Converted):
+    """A scheduler that opens a run at set_timesteps and advances it at step."""
+
+    _diffratio_transformer: Any
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's."""
+        result = super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+        if STATE not in self.__dict__:  # made anew by from_config of this class: tied to nothing
+            return result
+        transformer, state = self._diffratio_transformer, self._diffratio
+        timesteps: Tensor = self.timesteps  # type: ignore[attr-defined]
+        config: Any = self.config  # type: ignore[attr-defined]
+        if config.get("prediction_type") == "flow_prediction":  # its timesteps are cut to integers, its sigmas are not
+            timesteps = self.sigmas[: len(timesteps)] * config.num_train_timesteps  # type: ignore[attr-defined]
+        levels = tuple(state.backbone.noise_level(timesteps.detach().cpu()).clamp(0, 1).tolist())
+        guidance = "none" if state.halves == "one" else "cfg"
+        state.open_run(SamplingRun(levels, state.backbone.grid(transformer), guidance))  # type: ignore[arg-type]
+        return result
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's."""
+        result = super().step(*args, **kwargs)  # type: ignore[misc]
+        state = self.__dict__.get(STATE)
+        if state is None:
+            return result
+        state.step += 1
+        if state.run is not None and state.step >= state.run.steps:
+            state.close_run()
+        return result
+
+
+class PipelineMixin(Converted):
+    """A pipeline whose call says whether its batches hold two guidance halves."""
+
+    _diffratio_order: Halves
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's."""
+        call = super().__call__  # type: ignore[misc]
+        state: Attachment | None = self.__dict__.get(STATE)
+        if state is None:
+            return call(*args, **kwargs)
+        function = base_of(type(self)).__call__
+        default = inspect.signature(function).parameters[_SCALE].default
+        scale = bound(function, args, kwargs).get(_SCALE, default)
+        before = state.halves
+        # every diffusers pipeline with classifier-free guidance turns it on above 1
+        state.halves = self._diffratio_order if scale is not None and scale > 1 else "one"
+        try:
+            return call(*args, **kwargs)
+        finally:
+            state.halves = before
+            state.close_run()
+
+
+def attach_(pipe: Any, halves: Halves | None = None) -> Any:
+    """Ties a diffusers pipeline to the methods in its transformer.
+
+    From now on its scheduler's `set_timesteps` opens a run and `step` advances it: regions are Python numbers and
+    nothing waits for the device inside the sampling loop. Its call says whether there is guidance.
+
+    Args:
+        pipe: a pipeline, or anything with `transformer` and `scheduler` whose loop is your own.
+        halves: how the loop's batches hold the guidance halves: `cond_first`, `uncond_first` (both in one batch),
+            `cond`, `uncond` (a forward each) or `one` (no guidance). None takes the order of the family's pipelines,
+            which say by `guidance_scale` whether there is guidance; a loop of your own then says nothing.
+
+    Raises:
+        DiffratioError: the pipeline has no transformer with a method applied, or an unknown `halves`.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None:
+        raise DiffratioError(f"{type(pipe).__name__} holds no transformer; attach_ takes a diffusers DiT pipeline")
+    if halves is not None and halves not in get_args(Halves):
+        raise unknown("halves", halves, get_args(Halves))
+    state = attachment(transformer)
+    detach_(pipe)
+    if callable(pipe) and _SCALE in inspect.signature(type(pipe).__call__).parameters:
+        swap(pipe, PipelineMixin, state, order=halves or state.backbone.guidance_order)
+    else:
+        state.halves = halves
+    swap(pipe.scheduler, SchedulerMixin, state, transformer=transformer)
+    return pipe
+
+
+def detach_(pipe: Any) -> Any:
+    """Unties a pipeline; the transformer keeps its methods."""
+    if isinstance(pipe.scheduler, SchedulerMixin):
+        state = pipe.scheduler.__dict__[STATE]
+        state.close_run()
+        state.halves = None
+        unswap(pipe.scheduler)
+    unswap(pipe)
+    return pipe
