@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffratio import __version__
-from diffratio.errors import DiffratioError, unknown
+from diffratio.errors import DiffratioError, ReportedElsewhere, unknown
 from diffratio.files import configs_folder
 
 KINDS = ("methods", "backbones", "data", "experiments", "checkpoints")
@@ -115,15 +115,36 @@ def train(args: argparse.Namespace) -> Answer:
 
 
 def compare(args: argparse.Namespace) -> Answer:
-    """Compares methods on the same backbone, seeds and budget."""
+    """Compares methods on the same backbone, seeds and budget; a rerun does what is missing."""
     from diffratio.training.run import compose, plain_config
 
     cfg = plain_config(compose("compare", args.overrides))
+    cfg["dry_run"] = cfg["dry_run"] or args.dry_run
 
     from diffratio.data.images import ImageData
-    from diffratio.evaluation.compare import compare_from_config
+    from diffratio.evaluation.compare import CompareSettings, compare_from_config, plan_text
 
-    return Answer(compare_from_config(cfg, ImageData(**cfg["data"]).held_out))
+    settings = CompareSettings.from_config(cfg)  # before any training
+    trained = _trained_arms(cfg, settings.to_train, settings.dry_run) if settings.train else []
+    document = compare_from_config(cfg, ImageData(**cfg["data"]).held_out, trained)
+    return Answer(document, plan_text(document["plan"]) if "plan" in document else None)
+
+
+def _trained_arms(cfg: Mapping[str, Any], methods: Sequence[str], dry_run: bool) -> list[Any]:
+    """Trains the arms of a comparison first; with `dry_run` those not trained yet have no folder."""
+    from diffratio.evaluation.compare import TrainedArm
+    from diffratio.training.arms import arm_runs, train_arms
+
+    runs = arm_runs(cfg, methods)
+    unfinished = [run for run in runs if not run.finished]
+    if unfinished and not dry_run:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DiffratioError(
+                f"train=true has {len(unfinished)} arms to train, which it does in one process: run the same command "
+                "once without accelerate launch, then it goes on with any number"
+            )
+        train_arms(runs)
+    return [TrainedArm(run.name, run.budget, run.seed, str(run.export) if run.finished else None) for run in runs]
 
 
 def export(args: argparse.Namespace) -> Answer:
@@ -251,7 +272,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--device", help="default: cuda where there is one, else cpu")
     one.add_argument("--out", default="samples.png", metavar="FILE.png", help="picture grid (default samples.png)")
     one.add_argument("--npz", metavar="FILE.npz", help="also the pictures as an array")
-    overrides(verb(compare))
+    one = verb(compare)
+    one.add_argument("--dry-run", action="store_true", help="print the plan (arms, costs, time) and write nothing")
+    overrides(one)
     one = verb(export)
     one.add_argument("run", metavar="RUN", help="run folder")
     one.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
@@ -329,5 +352,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         bad_input = isinstance(error, DiffratioError)
         kind = "" if bad_input else f"{type(error).__name__}: "
-        print(f"diffratio: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        if not isinstance(error, ReportedElsewhere):  # one of several processes says it
+            print(f"diffratio: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return 2 if bad_input else 1

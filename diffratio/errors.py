@@ -33,3 +33,7 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> DiffratioError:
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return DiffratioError(f"unknown {kind} {str(value)!r}: {hint}known are {', '.join(names) or 'none'}")
+
+
+class ReportedElsewhere(DiffratioError):
+    """Ends a process whose group has failed: another process of the group says why, so this one prints nothing."""

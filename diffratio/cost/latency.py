@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -117,10 +119,12 @@ def peak_memory(fn: Callable[[], object], device: str | torch.device = "cpu") ->
     device = _checked(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) / MIB
+    _give_back()
     measurable = _reset_high_water()
     before = _status_kib("VmRSS") if measurable else None
     fn()
@@ -159,6 +163,12 @@ def _checked(device: str | torch.device) -> torch.device:
     if checked.type == "cuda" and not torch.cuda.is_available():
         raise DiffratioError(f"device {str(checked)!r} is not available on this machine; use cpu")
     return checked
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system: what the allocator kept from an earlier call would hide the next one's."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water() -> bool:

@@ -80,12 +80,15 @@ class Record:
         message: why it is not `ok`.
         run: the sampling run, after the method adapted it.
         sampler: name of the sampler.
+        sampler_settings: its settings, where they differ from the class's defaults.
         guidance_scale: classifier-free guidance scale.
         schedule: `{"bins": [[...], ...]}`, integer bins 0..10 of shape [layer][region].
         cost: `macs`, `macs_dense`, `fraction`, `latency` (a list of timings), `peak_memory_mib`.
         quality: estimates by metric name: a number, or a mapping with `value`, `low`, `high`, `stderr`, `n`.
         images: `samples` (one PNG) and `masks` (a list of PNGs), paths relative to the comparison folder.
         extra: named tables `{"title": ..., "rows": [{column: value}]}`.
+        flags: what the checks on cheating found (costs that are not the counted ones, a seed without effect ...).
+        paired_with: name of the dense arm that every paired figure refers to; None for the dense model.
         provenance: where and with what it was measured (see `provenance`).
     """
 
@@ -104,6 +107,9 @@ class Record:
     images: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    sampler_settings: Mapping[str, Any] = field(default_factory=dict)
+    flags: Sequence[str] = ()
+    paired_with: str | None = None
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -117,13 +123,18 @@ class Record:
             raise DiffratioError(f"{where}: message must be a string, got {self.message!r}")
         _require_optional_number(self.n, f"{where}: n")
         _require_optional_number(self.guidance_scale, f"{where}: guidance_scale")
-        for part in ("cost", "quality", "images", "extra", "provenance"):
+        for part in ("cost", "quality", "images", "extra", "provenance", "sampler_settings"):
             value = getattr(self, part)
             if value is None:
                 object.__setattr__(self, part, {})
             elif not isinstance(value, Mapping):
                 raise DiffratioError(f"{where}: {part} must be a mapping or null, got {type(value).__name__}")
             _require_finite(value, f"{where}: {part}")
+        if isinstance(self.flags, str) or not all(isinstance(flag, str) for flag in self.flags or ()):
+            raise DiffratioError(f"{where}: flags must be a list of strings or null, got {self.flags!r}")
+        object.__setattr__(self, "flags", tuple(self.flags or ()))
+        if self.paired_with is not None and not isinstance(self.paired_with, str):
+            raise DiffratioError(f"{where}: paired_with must be an arm's name or null, got {self.paired_with!r}")
         _check_schedule(self.schedule, where)
         _check_cost(self.cost, where)
         for name, value in self.quality.items():
@@ -143,6 +154,7 @@ class Record:
         document = {f.name: getattr(self, f.name) for f in fields(self)}
         document["arm"] = {f.name: getattr(self.arm, f.name) for f in fields(self.arm)}
         document["run"] = None if self.run is None else self.run.to_json()
+        document["flags"] = list(self.flags)
         return {"schema": SCHEMA, "id": self.id, **document}
 
     @classmethod

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from diffratio.errors import DiffratioError
 from diffratio.files import atomic_file
+from diffratio.sampling.processes import process_state as _processes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,6 +89,7 @@ def generate(
     start: int = 0,
     quiet: bool = False,
     distributed: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Samples n pictures in index order.
 
@@ -105,12 +106,14 @@ def generate(
         start: global index of the first picture: (n=4, start=4) continues (n=4).
         quiet: shows no progress bar.
         distributed: False samples all n in this process, whatever others there are.
+        progress: called after every batch with the number of pictures that this process has sampled since.
 
     Returns:
         (n, C, H, W) float32 in [-1, 1], on the CPU.
 
     Raises:
-        DiffratioError: numbers out of range, labels that are not n, or a sampler whose noise cannot be reproduced.
+        DiffratioError: numbers out of range, labels that are not n, a sampler whose noise cannot be reproduced, or an
+            error in another process (every process raises, none waits for ever).
     """
     for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("start", start, 0)):
         if value < least:
@@ -121,33 +124,25 @@ def generate(
         raise DiffratioError(f"{len(labels)} labels for n={n} samples: give one for each, or none for balanced classes")
     state = _processes() if distributed else None
     if state is None:
-        return _share(pipe, range(n), seed, labels, batch_size, steps, guidance_scale, start, quiet)
+        return _share(pipe, range(n), seed, labels, batch_size, steps, guidance_scale, start, quiet, progress)
     # Equal shares (the last places repeat sample n - 1), so that one plain gather returns them in index order.
     share = -(-n // state.num_processes)
     places = [min(i, n - 1) for i in range(state.process_index * share, (state.process_index + 1) * share)]
     quiet = quiet or not state.is_main_process
-    mine = _share(pipe, places, seed, labels, batch_size, steps, guidance_scale, start, quiet)
-    from accelerate.utils import gather
+    from accelerate.utils import gather, gather_object
 
+    mine, failure = None, None
+    try:
+        mine = _share(pipe, places, seed, labels, batch_size, steps, guidance_scale, start, quiet, progress)
+    except Exception as error:  # whatever it is, the others must hear of it before they wait for this one's pictures
+        failure = error
+    said = None if failure is None else f"process {state.process_index}: {type(failure).__name__}: {failure}"
+    problems = [problem for problem in gather_object([said]) if problem]
+    if failure is not None:
+        raise failure
+    if problems or mine is None:
+        raise DiffratioError(f"sampling failed in another process ({' '.join(problems[0].split())})")
     return gather(mine.to(state.device))[:n].cpu()
-
-
-def _processes() -> Any | None:
-    """Accelerate's state where there are several processes; asked only then, since asking starts a process group."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not started and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    from accelerate import PartialState
-
-    # It looks for CPU processes only when told to.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if world != state.num_processes:
-        raise DiffratioError(
-            f"accelerate sees {state.num_processes} of {world} processes, because its state is older than their "
-            "group: make it afterwards, or pass distributed=False to sample everything in each process"
-        )
-    return state if world > 1 else None
 
 
 def _share(
@@ -160,6 +155,7 @@ def _share(
     guidance_scale: float,
     start: int,
     quiet: bool,
+    report: Callable[[int], None] | None,
 ) -> Tensor:
     from tqdm.auto import tqdm
 
@@ -174,6 +170,8 @@ def _share(
                 images = _batch(pipe, seed, [start + i for i in batch], chosen, steps, guidance_scale)
                 batches.append(images.float().cpu() * 2 - 1)
                 progress.update(len(batch))
+                if report is not None:
+                    report(len(batch))
     finally:
         pipe.set_progress_bar_config(**bar)
     return torch.cat(batches)
@@ -239,15 +237,20 @@ def sample_grid(images: Tensor, columns: int, scale: int = 3) -> Image:
     return pil.fromarray(canvas.squeeze(2).numpy() if channels == 1 else canvas.numpy())
 
 
-def save_npz(path: str | Path, images: Tensor) -> None:
-    """Writes pictures as the ADM evaluation suite reads them: `arr_0`, uint8 (n, H, W, C), whole or not at all.
+def save_npz(path: str | Path, images: Tensor, labels: Sequence[int] | None = None) -> None:
+    """Writes pictures as the ADM evaluation suite reads them, whole or not at all.
 
     Args:
-        path: the `.npz` file.
+        path: the `.npz` file: `arr_0` uint8 (n, H, W, C), and `arr_1` int64 (n,) where there are labels.
         images: (n, C, H, W) in [-1, 1], C = 1 or 3.
+        labels: n class numbers.
     """
     import numpy as np
 
-    pixels = _to_uint8(images).numpy()
+    arrays = [_to_uint8(images).numpy()]
+    if labels is not None:
+        if len(labels) != len(images):
+            raise DiffratioError(f"{len(labels)} labels for {len(images)} pictures: give one for each, or none")
+        arrays.append(np.asarray(labels, dtype=np.int64))
     with atomic_file(path) as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, arr_0=pixels)
+        np.savez(handle, *arrays)

@@ -115,6 +115,22 @@ def takes_variance(scheduler: Any) -> bool:
     return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in ("learned", "learned_range")
 
 
+def sampler_of(scheduler: Any) -> tuple[str, dict[str, Any]]:
+    """A scheduler in words: the name of its sampler and the settings that differ from its class's defaults.
+
+    Example:
+        >>> sampler_of(make_scheduler("flow_euler", shift=3.0))
+        ('flow_euler', {'shift': 3.0})
+    """
+    kind = type(scheduler).__name__
+    name = next((name for name, entry in SAMPLERS.items() if entry.scheduler == kind), kind)
+    # along the bases: a scheduler that is tied to a method takes any arguments
+    initial = next(base.__dict__["__init__"] for base in type(scheduler).__mro__ if "__init__" in base.__dict__)
+    defaults = {key: one.default for key, one in inspect.signature(initial).parameters.items()}
+    settings = {key: value for key, value in scheduler.config.items() if key in defaults and value != defaults[key]}
+    return name, settings
+
+
 def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:
     """Opens the timesteps of a run of `steps` steps, with one call of `scheduler.set_timesteps`.
 

@@ -137,11 +137,6 @@ def test_dense_and_routed_are_not_confused(checkpoints: tuple[str, str], tmp_pat
         compare_from_config(settings((dense, dense), tmp_path / "b"), DATA.held_out)
 
 
-def test_records_are_never_overwritten(outcome: tuple[Path, dict[str, Any]], checkpoints: tuple[str, str]) -> None:
-    with pytest.raises(DiffratioError, match="holds a comparison already"):
-        compare_from_config(settings(checkpoints, outcome[0]), DATA.held_out)
-
-
 def test_the_block_table_is_measured() -> None:
     table = block_table(width=144, side=8, bins=(5,), repeats=2)
     (row,) = table["rows"]

@@ -186,3 +186,15 @@ def test_git_state_tells_clean_from_dirty(tmp_path: Path) -> None:
     assert clean is not None and len(clean) == 12
     (tmp_path / "records.py").write_text("b")
     assert module._git_state(tmp_path) == f"{clean}-dirty"
+
+
+def test_flags_and_pairing_survive_the_disk_and_are_checked(tmp_path: Path) -> None:
+    record = make_record(flags=["ignores the seed"], paired_with="dense", sampler_settings={"shift": 3.0})
+    write_record(tmp_path, record)
+    (found,) = read_records(tmp_path)
+    assert found == record and found.flags == ("ignores the seed",)
+    old = {key: value for key, value in record.to_json().items() if key not in ("flags", "paired_with")}
+    assert Record.from_json(old).flags == ()
+    for changes in ({"flags": "text"}, {"flags": [1]}, {"paired_with": 1}):
+        with pytest.raises(DiffratioError, match=next(iter(changes))):
+            replace(record, **changes)

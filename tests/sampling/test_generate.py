@@ -231,3 +231,23 @@ def test_save_npz_is_uint8_nhwc_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert array.dtype == np.uint8 and array.shape == (3, 2, 2, 3)
     assert array[0, :, :, 0].tolist() == [[0, 128], [255, 255]]
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+    save_npz(tmp_path / "samples.npz", images, [2, 0, 1])
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_1"].tolist() == [2, 0, 1] and archive["arr_1"].dtype == np.int64
+    with pytest.raises(DiffratioError, match="2 labels for 3 pictures"):
+        save_npz(tmp_path / "samples.npz", images, [2, 0])
+
+
+def test_progress_is_told_after_every_batch(dit: Any) -> None:
+    told: list[int] = []
+    pipe = build_pipeline(dit, make_scheduler("flow_euler"))
+    generate(pipe, 5, batch_size=2, steps=1, quiet=True, progress=told.append)
+    assert told == [2, 2, 1]
+
+
+def test_an_error_in_another_process_is_raised_here(dit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True, device="cpu")
+    monkeypatch.setattr("diffratio.sampling.generate._processes", lambda: state)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, "process 1: RuntimeError: no memory"])
+    with pytest.raises(DiffratioError, match="process 1: RuntimeError: no memory"):
+        generate(build_pipeline(dit, make_scheduler("flow_euler")), 2, steps=1, quiet=True)

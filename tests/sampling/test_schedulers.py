@@ -134,3 +134,12 @@ def test_timesteps_stay_on_the_host_unless_asked() -> None:
     assert scheduler.timesteps.device == torch.device("cpu")
     set_steps(scheduler, 4, "meta")
     assert scheduler.timesteps.device == torch.device("meta")
+
+
+@pytest.mark.parametrize("name", ["flow_euler", "dpm_solver"])
+def test_a_scheduler_names_its_sampler_and_what_is_not_default(name: str) -> None:
+    from diffratio.sampling.schedulers import sampler_of
+
+    found, settings = sampler_of(make_scheduler(name, "flow", **({"shift": 3.0} if name == "flow_euler" else {})))
+    assert found == name
+    assert settings == ({"shift": 3.0} if name == "flow_euler" else dict(SAMPLERS[name].settings["flow"]))

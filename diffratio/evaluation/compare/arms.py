@@ -1,0 +1,266 @@
+"""The arms of a comparison: which weights carry which method, and which dense arm each is paired with."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffratio import surgery
+from diffratio.backbones import backbone_of
+from diffratio.checkpoint import load_pipeline, read_card, resolve
+from diffratio.cost.macs import Cost
+from diffratio.cost.run import SamplingRun
+from diffratio.errors import BudgetUnreachable, DiffratioError
+from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm
+from diffratio.evaluation.records import Arm, record_id
+from diffratio.files import sha256
+from diffratio.methods.base import Method, MethodConfig, config_to_json
+from diffratio.methods.dense import Dense
+from diffratio.methods.fewer_steps import FewerSteps
+from diffratio.sampling.schedulers import noise_levels, set_steps
+
+DENSE, FINETUNED = "dense", "dense_finetuned"
+
+
+@dataclass
+class Contender:
+    """One arm, ready to run, or the reason why it is not.
+
+    Args:
+        arm: what its records call it.
+        budget: fraction of the dense run's MACs that was asked for.
+        pipe: an attached pipeline; None where the budget is out of reach.
+        run: the sampling run after the method adapted it.
+        cost: analytic cost of that run.
+        seed: the only seed whose records it stands in (weights trained with it); None stands in all of them.
+        partner: the dense arm that it is paired with on the same noise; None for the dense model itself.
+        unreachable: why it cannot cost its budget.
+        failure: what went wrong while it was prepared, which is then what its records say.
+        flags: what the checks on cheating found.
+    """
+
+    arm: Arm
+    budget: float
+    pipe: Any = None
+    run: SamplingRun | None = None
+    cost: Cost | None = None
+    seed: int | None = None
+    partner: Contender | None = None
+    unreachable: str | None = None
+    failure: str | None = None
+    flags: tuple[str, ...] = field(default=())
+
+    def id(self, seed: int) -> str:
+        """Name of its record for a seed."""
+        return record_id(self.arm.name, self.budget, seed)
+
+    @property
+    def key(self) -> str:
+        """Its name among all arms of all seeds."""
+        return self.id(self.seed or 0) + ("" if self.seed is None else "-trained")
+
+    @property
+    def paired_with(self) -> str | None:
+        """Name of the dense arm that it is paired with."""
+        return None if self.partner is None else self.partner.arm.name
+
+    @property
+    def steps(self) -> int:
+        """Evaluated sampling steps."""
+        return 0 if self.run is None else self.run.steps
+
+    @property
+    def method(self) -> Method | None:
+        """The attached method, or None for the plain dense model."""
+        transformer = self.pipe.transformer
+        return surgery.attachment(transformer).token_method if surgery.is_applied(transformer) else None
+
+    @property
+    def schedule(self) -> dict[str, Any] | None:
+        """The keep schedule of a routed arm."""
+        bins = getattr(self.method, "bins", None)
+        return {"bins": [list(row) for row in bins]} if bins else None
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether single forwards stand for it: not where the steps, or state between them, are what it changes."""
+        method = self.method
+        return method is None or (not method.stateful and (method.token_level or method.name == DENSE))
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """All arms, dense first, and the run that they are asked to do cheaper."""
+
+    contenders: tuple[Contender, ...]
+    run: SamplingRun
+    objective: str
+
+    @property
+    def dense(self) -> Contender:
+        """The dense model as it was given."""
+        return self.contenders[0]
+
+    def cells(self, seeds: Sequence[int]) -> list[tuple[int, Contender]]:
+        """(seed, arm) of every record, dense arms first in each seed."""
+        return [(seed, one) for seed in seeds for one in self.contenders if one.seed in (None, seed)]
+
+
+def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm] = ()) -> Lineup:
+    """Loads every arm and solves every budget.
+
+    Training-free methods run on the base weights and, as `NAME@finetuned`, on the fine-tuned dense ones. Each arm is
+    paired with the dense arm on its own weights; one that was fine-tuned, with the equally fine-tuned dense model.
+
+    Raises:
+        DiffratioError: a checkpoint that is missing, of the wrong kind, or of another objective.
+    """
+    base = _load(settings.weights, "weights", device)
+    run = _dense_run(base, settings)
+    objective = _objective(settings.weights)
+    found = [_ready(base, Arm(DENSE, settings.weights, {"name": DENSE}, weights_sha256=_digest(settings.weights)), run)]
+    controls: list[Contender] = []
+    given = [(settings.finetuned, None)] if settings.finetuned else []
+    for source, seed in [*given, *((one.folder, one.seed) for one in trained if one.name == FINETUNED and one.folder)]:
+        assert source is not None
+        _same_objective(source, objective, settings.weights)
+        arm = Arm(FINETUNED, source, {"name": DENSE}, True, _steps_of(source), _digest(source))
+        controls.append(_ready(_load(source, "finetuned", device), arm, run, seed=seed, partner=found[0]))
+    found += controls
+
+    def control(seed: int | None) -> Contender:
+        return next((one for one in controls if one.seed in (None, seed)), found[0])
+
+    routed = [TrainedArm("", 0.0, -1, source) for source in settings.routed]
+    for one in [*routed, *(one for one in trained if one.name != FINETUNED and one.folder)]:
+        assert one.folder is not None
+        _same_objective(one.folder, objective, settings.weights)
+        found.append(_routed(one, device, run, found, control))
+    for weights in [found[0], *controls]:
+        mark = "" if weights is found[0] else "@finetuned"
+        for budget in settings.budgets:
+            for method in settings.training_free:
+                found.append(_training_free(method, mark, weights, budget, run))
+    return Lineup(tuple(found), run, objective)
+
+
+def with_method(pipe: Any, config: MethodConfig) -> Any:
+    """A pipeline of its own with the method applied and attached; the weights are shared, not copied."""
+    shared = [*pipe.transformer.parameters(), *pipe.transformer.buffers()]
+    own = copy.deepcopy(pipe, {id(tensor): tensor for tensor in shared})
+    surgery.apply_(own.transformer, config)
+    if not isinstance(config, Dense | FewerSteps):
+        surgery.attach_(own)
+    return own
+
+
+def _ready(
+    pipe: Any,
+    arm: Arm,
+    run: SamplingRun,
+    budget: float = 1.0,
+    seed: int | None = None,
+    partner: Contender | None = None,
+) -> Contender:
+    contender = Contender(arm, budget, pipe, seed=seed, partner=partner)
+    method = contender.method
+    contender.run = method.adapt(run) if method else run
+    contender.cost = surgery.macs(pipe.transformer, run=run)
+    return contender
+
+
+def _routed(one: TrainedArm, device: str, run: SamplingRun, found: Sequence[Contender], control: Any) -> Contender:
+    source = one.folder
+    assert source is not None
+    pipe = load_pipeline(source, device=device)
+    if not surgery.is_applied(pipe.transformer):
+        raise DiffratioError(f"routed: {source!r} is a dense checkpoint; routed takes what `diffratio export` wrote")
+    config = surgery.attachment(pipe.transformer).token_method.config
+    seed = None if one.seed < 0 else one.seed
+    schedule = getattr(config, "schedule", None)
+    budget = one.budget or (schedule.budget if schedule else 1.0)
+    taken = {c.arm.name for c in found if c.budget == budget and (seed is None or c.seed in (None, seed))}
+    name = _unique(one.name or config.method.name, taken)
+    steps = _steps_of(source)
+    arm = Arm(name, source, config_to_json(config), config.as_published, steps, _digest(source))
+    return _ready(pipe, arm, run, budget, seed, found[0] if steps is None else control(seed))
+
+
+def _training_free(method: str, mark: str, weights: Contender, budget: float, run: SamplingRun) -> Contender:
+    name, source, tuned = f"{method}{mark}", weights.arm.weights, weights.arm.finetuned_steps
+    digest = weights.arm.weights_sha256
+    try:
+        config = surgery.for_budget(method, weights.pipe.transformer, budget, run=run)
+    except BudgetUnreachable as error:
+        arm = Arm(name, source, {"name": method}, True, tuned, digest)
+        return Contender(arm, budget, seed=weights.seed, partner=weights, unreachable=str(error))
+    arm = Arm(name, source, config_to_json(config), config.as_published, tuned, digest)
+    return _ready(with_method(weights.pipe, config), arm, run, budget, weights.seed, weights)
+
+
+def compiled_copy(one: Contender) -> Any:
+    """A pipeline of the same arm whose blocks are compiled; the weights are shared."""
+    shared = [*one.pipe.transformer.parameters(), *one.pipe.transformer.buffers()]
+    if one.method is None:
+        pipe = with_method(one.pipe, Dense())
+    else:
+        pipe = copy.deepcopy(one.pipe, {id(tensor): tensor for tensor in shared})
+    surgery.compile_(pipe.transformer)
+    return pipe
+
+
+def _load(source: str, key: str, device: str) -> Any:
+    pipe = load_pipeline(source, device=device)
+    if surgery.is_applied(pipe.transformer):
+        raise DiffratioError(
+            f"{key}={source!r} is a routed checkpoint; it takes a dense one, and this goes into routed=[...]"
+        )
+    return pipe
+
+
+def _dense_run(pipe: Any, settings: CompareSettings) -> SamplingRun:
+    set_steps(pipe.scheduler, settings.steps)
+    grid = backbone_of(pipe.transformer).grid(pipe.transformer)
+    return SamplingRun(noise_levels(pipe.scheduler), grid, "cfg" if settings.guidance_scale > 1 else "none")
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    number, unique = 2, name
+    while unique in taken:
+        unique, number = f"{name}_{number}", number + 1
+    return unique
+
+
+def _digest(source: str) -> str | None:
+    """Digest of a local checkpoint's weights: the file's own where there is one file."""
+    path = resolve(source)
+    if isinstance(path, str):
+        return None
+    files = sorted(Path(path).rglob("*.safetensors"))
+    digests = [sha256(file) for file in files]
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _steps_of(source: str) -> int | None:
+    path = resolve(source)
+    steps = None if isinstance(path, str) else read_card(path).training.get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+def _objective(source: str) -> str:
+    path = resolve(source)
+    return "noise" if isinstance(path, str) else read_card(path).objective
+
+
+def _same_objective(source: str, objective: str, weights: str) -> None:
+    if (own := _objective(source)) != objective:
+        raise DiffratioError(
+            f"{source!r} predicts {own} and weights={weights!r} predict {objective}; "
+            "compare checkpoints of one objective"
+        )

@@ -1,0 +1,137 @@
+"""What a comparison is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffratio.errors import DiffratioError, unknown
+from diffratio.evaluation.metrics import require_samples
+from diffratio.methods.base import check_budget, get_method
+
+LATENCY_MODES = ("eager", "compiled")
+_KINDS: dict[str, Any] = {"int": int, "str": str, "float": (int, float), "bool": bool, "str | None": (str, type(None))}
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """An arm that was fine-tuned for this comparison.
+
+    Args:
+        name: of the arm; `dense_finetuned` is the control.
+        budget: fraction of the dense run's MACs that it was trained for.
+        seed: of its training; it stands in the records of this seed alone.
+        folder: its exported checkpoint; None where it is only planned, not trained yet.
+    """
+
+    name: str
+    budget: float
+    seed: int
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What `configs/compare.yaml` holds, beside data, logger and paths; see there for the meanings."""
+
+    name: str
+    weights: str
+    methods: tuple[str, ...]
+    routed: tuple[str, ...]
+    finetuned: str | None
+    budgets: tuple[float, ...]
+    seeds: tuple[int, ...]
+    n: int
+    steps: int
+    guidance_scale: float
+    batch_size: int
+    reference_n: int
+    validation_n: int
+    latency_batches: tuple[int, ...]
+    latency_repeats: int
+    block_repeats: int
+    device: str
+    latency_modes: tuple[str, ...] = ("eager",)
+    save_npz: bool = False
+    dry_run: bool = False
+    train: bool = False
+    train_steps: int = 0
+    train_experiment: str = ""
+    train_overrides: tuple[str, ...] = ()
+    train_methods: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for budget in self.budgets:
+            check_budget(budget)
+        if self.n != 0:  # 0: losses, MACs and times alone
+            require_samples("kid_lite0", self.n)
+        if not self.budgets or not self.seeds:
+            raise DiffratioError("compare needs at least one budget and one seed: budgets=[0.8] seeds=[0]")
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise DiffratioError(f"seeds: {seed!r} is no seed; they are whole numbers of at least 0, seeds=[0,1,2]")
+        for name in ("methods", "routed", "budgets", "seeds", "latency_batches", "latency_modes"):
+            values = getattr(self, name)
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise DiffratioError(f"{name}={list(values)}: {twice[0]!r} stands there twice; name each once")
+        for name, least in (("steps", 1), ("batch_size", 1), ("reference_n", 2), ("validation_n", 0)):
+            if getattr(self, name) < least:
+                raise DiffratioError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("latency_repeats", "block_repeats"):
+            if getattr(self, name) < 0:
+                raise DiffratioError(f"{name} must be at least 0 (off), got {getattr(self, name)}")
+        for batch in self.latency_batches:
+            if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+                raise DiffratioError(f"latency_batches: {batch!r} is no batch size; give whole numbers of at least 1")
+        for mode in self.latency_modes:
+            if mode not in LATENCY_MODES:
+                raise unknown("latency mode", mode, LATENCY_MODES)
+        if self.train and self.train_steps < 1:
+            raise DiffratioError(f"train=true needs train_steps of at least 1, got {self.train_steps}")
+        for method in self.methods:
+            if get_method(method).learned and not self.train:
+                raise DiffratioError(
+                    f"methods: {method!r} is learned, so it needs trained weights: train it "
+                    f"(diffratio train method={method}), then give its export in routed=[...]; "
+                    "or let compare train every such arm alike with train=true"
+                )
+        for method in self.train_methods:
+            get_method(method)
+
+    @property
+    def to_train(self) -> tuple[str, ...]:
+        """The methods whose arms are fine-tuned by this comparison."""
+        if not self.train:
+            return ()
+        learned = [method for method in self.methods if get_method(method).learned]
+        return tuple(dict.fromkeys([*learned, *self.train_methods]))
+
+    @property
+    def training_free(self) -> tuple[str, ...]:
+        """The methods that run on weights as they are."""
+        return tuple(one for one in self.methods if one != "dense" and not get_method(one).learned)
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> CompareSettings:
+        """From plain data; lists become tuples.
+
+        Raises:
+            DiffratioError: a missing key, or a value of another type.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            kind = str(field.type)
+            if field.name not in cfg:
+                if field.default is dataclasses.MISSING:
+                    raise DiffratioError(f"compare needs {field.name}, which configs/compare.yaml holds")
+                continue
+            value = cfg[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+            wanted = _KINDS.get(kind)
+            if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")):
+                raise DiffratioError(f"{field.name}={value!r}: it takes one {kind}")
+            if kind.startswith("tuple") and not isinstance(value, list):
+                raise DiffratioError(f"{field.name}={value!r}: it takes a list, {field.name}=[...]")
+        return cls(**values)
