@@ -126,7 +126,8 @@ def compare(args: argparse.Namespace) -> Answer:
 
     settings = CompareSettings.from_config(cfg)  # before any training
     trained = _trained_arms(cfg, settings.to_train, settings.dry_run) if settings.train else []
-    document = compare_from_config(cfg, ImageData(**cfg["data"]).held_out, trained)
+    data = ImageData(**cfg["data"])
+    document = compare_from_config(cfg, data.held_out, trained, data.reference)
     return Answer(document, plan_text(document["plan"]) if "plan" in document else None)
 
 

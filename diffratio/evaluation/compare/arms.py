@@ -87,9 +87,11 @@ class Contender:
 
     @property
     def has_losses(self) -> bool:
-        """Whether single forwards stand for it: not where the steps, or state between them, are what it changes."""
+        """Whether single forwards stand for it: not where steps, state between them or guidance are what it changes."""
         method = self.method
-        return method is None or (not method.stateful and (method.token_level or method.name == DENSE))
+        if method is None or method.name == DENSE:
+            return True
+        return method.token_level and not method.stateful and not method.needs_guidance
 
 
 @dataclass(frozen=True)

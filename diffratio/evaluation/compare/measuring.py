@@ -20,6 +20,7 @@ from diffratio.evaluation.features import FeatureExtractor
 from diffratio.evaluation.masks import mask_overlays
 from diffratio.evaluation.metrics import METRICS, Evidence, measure
 from diffratio.evaluation.records import Record, provenance
+from diffratio.evaluation.reference import cached_features
 from diffratio.files import atomic_file
 from diffratio.objectives import get_objective
 from diffratio.objectives.validation import region_losses
@@ -44,6 +45,8 @@ class Referee:
         held_out: n -> held-out images (n, C, H, W) in [-1, 1] and labels (n,).
         device: where arms run.
         say: told what is going on.
+        data: name of the data set.
+        train: n -> training images and labels, for the nearest-image distance; None leaves it out.
     """
 
     def __init__(
@@ -55,7 +58,10 @@ class Referee:
         held_out: HeldOut,
         device: str,
         say: Callable[[str], None],
+        data: str | None = None,
+        train: HeldOut | None = None,
     ) -> None:
+        self.data, self.train = data, train
         self.settings, self.lineup, self.folder, self.extractor = settings, lineup, folder, extractor
         self.held_out, self.device, self.say = held_out, device, say
         self.provenance = provenance(device, extractor.id)
@@ -65,6 +71,7 @@ class Referee:
         self._losses: dict[str, Tensor] = {}
         self._dense: dict[str, Evidence] = {}
         self._real: Tensor | None = None
+        self._train: Tensor | None = None
 
     def prepare(self, arms: Sequence[Contender]) -> None:
         """Probes, times and weighs the arms, and takes their validation losses; a broken one gets its `failure`."""
@@ -165,7 +172,7 @@ class Referee:
     def _quality(self, one: Contender, evidence: Evidence | None) -> dict[str, Any]:
         if evidence is not None:
             names = [name for name, metric in METRICS.items() if metric.minimum <= len(evidence.images)]
-            return measure(names, evidence)
+            return measure([*names, *self.settings.metrics], evidence)
         losses = self._losses.get(one.key)
         if losses is None:
             return {}
@@ -176,7 +183,8 @@ class Referee:
 
     def _evidence(self, one: Contender, seed: int, images: Tensor, features: Tensor) -> Evidence:
         if self._real is None:
-            self._real = self.extractor.extract(self.held_out(self.settings.reference_n)[0])
+            images_of_data = self.held_out(self.settings.reference_n)[0]
+            self._real = cached_features(images_of_data, self.extractor, self.data or "data")
         return Evidence(
             images,
             features,
@@ -185,7 +193,17 @@ class Referee:
             dense=self._dense[f"{one.partner.key}-{seed}"] if one.partner else None,
             losses=self._losses.get(one.key),
             reference_losses=self._reference(one),
+            train=self._train_features if self.train is not None and self.settings.train_n else None,
+            data=self.data,
+            extractor=self.extractor.id,
         )
+
+    def _train_features(self) -> Tensor:
+        if self._train is None:
+            assert self.train is not None
+            images = self.train(self.settings.train_n)[0]
+            self._train = cached_features(images, self.extractor, f"{self.data or 'data'}-train")
+        return self._train
 
     def _remember(self, one: Contender, seed: int, evidence: Evidence) -> None:
         """Only those of the present seed are needed again; samples of large comparisons fill memory."""
@@ -217,7 +235,9 @@ class Referee:
             sample_grid(images[:GRID], columns=COLUMNS).save(temporary, format="PNG")
         if self.settings.save_npz:
             save_npz(self.folder.path / "npz" / f"{one.id(seed)}.npz", images, self.labels)
-        return {"samples": path, "masks": self._masks(one, seed)}
+        names = one.pipe.config.get("id2label") or {}
+        heads = [names.get(str(label), str(label)) for label in self.labels[:COLUMNS]]
+        return {"samples": path, "masks": self._masks(one, seed), "labels": heads}
 
     def _masks(self, one: Contender, seed: int) -> list[str]:
         method = one.method

@@ -34,6 +34,7 @@ def compare_from_config(
     cfg: Mapping[str, Any],
     held_out: HeldOut,
     trained: Sequence[TrainedArm] = (),
+    train: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Runs a comparison, or what is missing of it.
 
@@ -44,6 +45,7 @@ def compare_from_config(
         cfg: composed `compare` config as plain data.
         held_out: n -> held-out images (n, C, H, W) in [-1, 1] and labels (n,).
         trained: arms that were fine-tuned for this comparison; those without a folder are planned only.
+        train: the same for training images, which the nearest-image distance needs; None leaves it out.
 
     Returns:
         Paths of the report and a row of key figures for each record; with `dry_run` the plan. Empty in all processes
@@ -60,7 +62,7 @@ def compare_from_config(
     team = Team()
     device = team.device(settings.device)
     lineup = team.together(lambda: line_up(settings, device, trained))
-    comparison = _Comparison(settings, lineup, Path(cfg["paths"]["output_dir"]), held_out, team, device)
+    comparison = _Comparison(settings, lineup, Path(cfg["paths"]["output_dir"]), held_out, train, team, device)
     plan = team.on_main(lambda: comparison.open(cfg, pending))
     if settings.dry_run:
         return plan if team.is_main else {}
@@ -71,10 +73,17 @@ def compare_from_config(
 
 class _Comparison:
     def __init__(
-        self, settings: CompareSettings, lineup: Lineup, path: Path, held_out: HeldOut, team: Team, device: str
+        self,
+        settings: CompareSettings,
+        lineup: Lineup,
+        path: Path,
+        held_out: HeldOut,
+        train: HeldOut | None,
+        team: Team,
+        device: str,
     ) -> None:
         self.settings, self.lineup, self.path, self.team, self.device = settings, lineup, path, team, device
-        self.held_out = held_out
+        self.held_out, self.train = held_out, train
         self.cells = lineup.cells(settings.seeds)
         self.folder: ComparisonFolder  # these two in the main process alone
         self.referee: Referee
@@ -99,7 +108,17 @@ class _Comparison:
         plan = make_plan(self.settings, self.lineup, self.finished, pending, self.team.size)
         if not self.settings.dry_run:
             self.say(plan_text(plan))
-        self.referee = Referee(self.settings, self.lineup, self.folder, extractor, self.held_out, self.device, self.say)
+        self.referee = Referee(
+            self.settings,
+            self.lineup,
+            self.folder,
+            extractor,
+            self.held_out,
+            self.device,
+            self.say,
+            (cfg.get("data") or {}).get("name"),
+            self.train,
+        )
         return {"plan": plan}
 
     def run(self) -> None:
@@ -251,6 +270,8 @@ def define(
         "reference_n": settings.reference_n,
         "reference": _digest(*held_out(settings.reference_n)),
         "validation_n": settings.validation_n,
+        "metrics": list(settings.metrics),
+        "train_n": settings.train_n,
         "latency_batches": list(settings.latency_batches),
         "latency_repeats": settings.latency_repeats,
         "latency_modes": list(settings.latency_modes),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffratio.errors import DiffratioError, unknown
-from diffratio.evaluation.metrics import require_samples
+from diffratio.evaluation.metrics import METRICS, check_metrics, require_samples
 from diffratio.methods.base import check_budget, get_method
 
 LATENCY_MODES = ("eager", "compiled")
@@ -61,22 +61,29 @@ class CompareSettings:
     train_experiment: str = ""
     train_overrides: tuple[str, ...] = ()
     train_methods: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    train_n: int = 2000
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
             check_budget(budget)
         if self.n != 0:  # 0: losses, MACs and times alone
             require_samples("kid_lite0", self.n)
+        for metric in check_metrics(self.metrics):
+            if metric in METRICS:
+                raise DiffratioError(f"metrics: {metric!r} is always measured; metrics=[...] adds optional ones")
+            if self.n != 0:
+                require_samples(metric, self.n)
         if not self.budgets or not self.seeds:
             raise DiffratioError("compare needs at least one budget and one seed: budgets=[0.8] seeds=[0]")
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise DiffratioError(f"seeds: {seed!r} is no seed; they are whole numbers of at least 0, seeds=[0,1,2]")
-        for name in ("methods", "routed", "budgets", "seeds", "latency_batches", "latency_modes"):
+        for name in ("methods", "routed", "budgets", "seeds", "latency_batches", "latency_modes", "metrics"):
             values = getattr(self, name)
             if twice := [value for value in values if values.count(value) > 1]:
                 raise DiffratioError(f"{name}={list(values)}: {twice[0]!r} stands there twice; name each once")
-        for name, least in (("steps", 1), ("batch_size", 1), ("reference_n", 2), ("validation_n", 0)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("reference_n", 2), ("validation_n", 0), ("train_n", 0)):
             if getattr(self, name) < least:
                 raise DiffratioError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("latency_repeats", "block_repeats"):
