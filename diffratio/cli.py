@@ -148,6 +148,19 @@ def _trained_arms(cfg: Mapping[str, Any], methods: Sequence[str], dry_run: bool)
     return [TrainedArm(run.name, run.budget, run.seed, str(run.export) if run.finished else None) for run in runs]
 
 
+def bench(args: argparse.Namespace) -> Answer:
+    """Times routing, training, methods or sampling against the dense model and peers."""
+    from diffratio.bench.settings import expanded
+    from diffratio.training.run import compose, plain_config
+
+    cfg = plain_config(compose("bench", expanded(args.kind, args.overrides)))
+
+    from diffratio.bench.run import run_bench
+
+    found = run_bench(args.kind, cfg)
+    return Answer(found.document, found.text)
+
+
 def export(args: argparse.Namespace) -> Answer:
     """Writes a training run as a checkpoint folder."""
     from diffratio.training.run import export_run
@@ -275,6 +288,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--npz", metavar="FILE.npz", help="also the pictures as an array")
     one = verb(compare)
     one.add_argument("--dry-run", action="store_true", help="print the plan (arms, costs, time) and write nothing")
+    overrides(one)
+    one = verb(bench)
+    one.add_argument("kind", metavar="routing|training|methods|sampling")
     overrides(one)
     one = verb(export)
     one.add_argument("run", metavar="RUN", help="run folder")

@@ -35,6 +35,10 @@ EXTRAS = {
     "inception": {"torch-fidelity": "fid, is, precision and recall of a comparison"},
     "lpips": {"lpips": "lpips of a comparison"},
     "report": {"matplotlib": "plots of a comparison", "jinja2": "the HTML report"},
+    "peers": {
+        "tomesd": "token merging of others, beside ours in `diffratio bench methods`",
+        "cache-dit": "caching of others, beside ours in `diffratio bench methods`",
+    },
     "tensorboard": {"tensorboard": "logger=tensorboard"},
 }
 

@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": _SAMPLING | {"objectives"},  # the paired validation loss is the objective's own
     "data": _SAMPLING | {"objectives", "training"},
     "training": _SAMPLING | {"objectives", "data"},
+    "bench": _SAMPLING | {"objectives", "data", "training", "evaluation"},
 }
 HYDRA = {"cli", "training/run.py"}
 LIGHTNING = {"data", "training"}

@@ -35,11 +35,19 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         DiffratioError: an unknown group member or key (the nearest names are given), or an override that does not
             parse.
     """
+    overrides = [_of_verb(config_name, one) for one in overrides]
     _check_overrides(config_name, overrides)
     try:
         return _compose(config_name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise DiffratioError(f"config {config_name!r}: {_first_line(error)}") from None
+
+
+def _of_verb(config_name: str, override: str) -> str:
+    """`debug=cpu` means the file of the verb, where it has one of its own: `debug/cpu_compare.yaml`."""
+    key, _, value = override.partition("=")
+    own = f"{value}_{config_name}"
+    return f"debug={own}" if key == "debug" and (configs_folder() / "debug" / f"{own}.yaml").is_file() else override
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import yaml
 from lightning import Trainer
 from omegaconf import OmegaConf
 
+from diffratio.bench.settings import SECTIONS, BenchSettings, expanded
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError
 from diffratio.files import configs_folder
@@ -25,6 +26,7 @@ ROOT = configs_folder()
 FILES = sorted(ROOT.rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiment").glob("*.yaml"))]
+VERBS = ("train", "compare", "bench")
 MEMBERS = [(path.parent.name, path.stem) for path in FILES if path.parent != ROOT]
 
 
@@ -35,7 +37,7 @@ def values_of(path: Path) -> dict[str, Any]:
 
 
 def test_there_are_configs() -> None:
-    assert {"train", "compare"} <= {path.stem for path in ROOT.glob("*.yaml")}
+    assert set(VERBS) <= {path.stem for path in ROOT.glob("*.yaml")}
     assert {"fashion_diffcr", "fashion_pretrain"} <= set(EXPERIMENTS)
 
 
@@ -52,8 +54,8 @@ def test_every_experiment_passes_the_check(name: str) -> None:
 
 @pytest.mark.parametrize(("group", "member"), MEMBERS, ids=["/".join(pair) for pair in MEMBERS])
 def test_every_member_composes(group: str, member: str) -> None:
-    verb = "compare" if member.endswith("_compare") else "train"
-    cfg = compose(verb, [f"{group}={member}", "data.source=here"])
+    verb = next((verb for verb in VERBS if member.endswith(f"_{verb}")), "train")
+    cfg = compose(verb, [f"{group}={member}", *(["data.source=here"] if verb != "bench" else [])])
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     own = {key: value for key, value in values_of(ROOT / group / f"{member}.yaml").items() if key != "defaults"}
@@ -71,11 +73,31 @@ def test_first_line_is_a_command_that_composes(path: Path) -> None:
     assert line.startswith(("# diffratio ", "# python train.py ")), line
     words = shlex.split(line.removeprefix("# ").split("  ")[0])
     verb = "train" if words[0] == "python" else words[1]
-    assert verb in ("train", "compare")
-    compose(verb, words[2:])
+    assert verb in VERBS
+    if verb == "bench":  # its first word says which
+        compose(verb, expanded(words[2], words[3:]))
+    else:
+        compose(verb, words[2:])
     if path.parent != ROOT:  # the command is one for this very file
         named = {path.stem, path.parent.name}
         assert any(any(part in word for part in named) for word in words[2:]), line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_debug_means_the_file_of_the_verb(verb: str) -> None:
+    own = "cpu" if verb == "train" else f"cpu_{verb}"
+    assert compose(verb, ["debug=cpu"]) == compose(verb, [f"debug={own}"]) != compose(verb, [])
+
+
+def test_bench_file_holds_the_defaults() -> None:
+    values = values_of(ROOT / "bench.yaml")
+    for name, cls in (("", BenchSettings), *SECTIONS.items()):
+        section = values[name] if name else {key: values[key] for key in values if key not in (*SECTIONS, "defaults")}
+        section.pop("name", None)
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        assert set(section) == set(fields)
+        for key, value in section.items():
+            assert (tuple(value) if isinstance(value, list) else value) == fields[key], key
 
 
 def test_trainer_keys_are_lightnings() -> None:

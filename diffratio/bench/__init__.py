@@ -1,0 +1,1 @@
+"""The speed bench: every variant in one interleaved loop, on the same weights, against the dense model and peers."""
