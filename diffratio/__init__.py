@@ -16,9 +16,12 @@ _LAZY = {
     "FewerSteps": "diffratio.methods.fewer_steps",
     "GuidanceInterval": "diffratio.methods.guidance_interval",
     "Hand": "diffratio.methods.hand",
+    "Importance": "diffratio.methods.importance",
     "LiteUncond": "diffratio.methods.lite_uncond",
     "MoD": "diffratio.methods.mod",
+    "SDTM": "diffratio.methods.sdtm",
     "ToDo": "diffratio.methods.todo",
+    "ToFu": "diffratio.methods.tofu",
     "ToMe": "diffratio.methods.tome",
     "SamplingRun": "diffratio.cost.run",
     "KeepSchedule": "diffratio.routing.schedule",
@@ -46,9 +49,12 @@ if TYPE_CHECKING:
     from diffratio.methods.fewer_steps import FewerSteps as FewerSteps
     from diffratio.methods.guidance_interval import GuidanceInterval as GuidanceInterval
     from diffratio.methods.hand import Hand as Hand
+    from diffratio.methods.importance import Importance as Importance
     from diffratio.methods.lite_uncond import LiteUncond as LiteUncond
     from diffratio.methods.mod import MoD as MoD
+    from diffratio.methods.sdtm import SDTM as SDTM
     from diffratio.methods.todo import ToDo as ToDo
+    from diffratio.methods.tofu import ToFu as ToFu
     from diffratio.methods.tome import ToMe as ToMe
     from diffratio.routing.schedule import KeepSchedule as KeepSchedule
     from diffratio.surgery import apply_ as apply_

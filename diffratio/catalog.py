@@ -9,9 +9,12 @@ METHODS: dict[str, tuple[str, str]] = {
     "fewer_steps": ("diffratio.methods.fewer_steps", "the dense model at the step count that costs the budget"),
     "guidance_interval": ("diffratio.methods.guidance_interval", "no unconditional half at some steps"),
     "hand": ("diffratio.methods.hand", "routed; fewer tokens in middle blocks at noisy levels, by rule"),
+    "importance": ("diffratio.methods.importance", "merges where guidance changes little, training-free"),
     "lite_uncond": ("diffratio.methods.lite_uncond", "fewer tokens in the unconditional guidance half alone"),
     "mod": ("diffratio.methods.mod", "routed; the same keep ratio everywhere (Mixture-of-Depths)"),
+    "sdtm": ("diffratio.methods.sdtm", "windows first, then single tokens, by step; training-free (SDTM, merging)"),
     "todo": ("diffratio.methods.todo", "keys and values from a coarser grid, training-free (ToDo)"),
+    "tofu": ("diffratio.methods.tofu", "ToMe's matching; early blocks drop, later ones merge, training-free (ToFu)"),
     "tome": ("diffratio.methods.tome", "merges similar tokens around attention, training-free (ToMe)"),
 }
 

@@ -172,3 +172,8 @@ class StepContext:
     halves: Halves = "one"
     training: bool = False
     seed: int = field(default=0)
+
+    @property
+    def paired(self) -> bool:
+        """Whether the batch holds both guidance halves."""
+        return self.halves in ("cond_first", "uncond_first")

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from diffratio.cost.macs import BlockUse, Description
 from diffratio.cost.run import SamplingRun, StepContext
-from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
-from diffratio.methods.base import Method, MethodConfig, check_budget, dearest_within, register
-from diffratio.tokens.grid import TokenGrid
+from diffratio.errors import DiffratioError, unknown
+from diffratio.methods.base import Method, MethodConfig, check_budget, register
+from diffratio.methods.merging import (
+    CELL,
+    HIGHEST,
+    SITES,
+    Ladder,
+    RunState,
+    Sharing,
+    check_cells,
+    check_count,
+    check_layers,
+    check_number,
+    check_sites,
+    dearest_on_ladders,
+    from_middle,
+    same_samples,
+    whole,
+)
 from diffratio.tokens.matching import bipartite_merge, cell_destinations, seeded_uniform
 from diffratio.tokens.plan import MergePlan, Plan
-
-CELL = 2
-HIGHEST = 1 - 1 / CELL**2
-SITES = ("self_attention", "cross_attention", "feed_forward")
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,10 @@ class ToMe(MethodConfig):
         metric: what is compared: `input`, the block's input (release), or `normed`, the site's own input.
         random: one random destination a cell, drawn anew each step; otherwise the top-left token.
         layers: blocks that merge, by index; None is all of them.
+        plan_blocks: merging blocks that share one plan; higher plans less, None plans once a step. The release: 1.
+        plan_every: steps that share one plan; higher plans less and needs an attached pipeline. The release: 1.
+        mix: plans take turns between the two whole numbers next to ratio N, so that budgets are met finely; otherwise
+            all remove floor(ratio N) tokens (release).
     """
 
     ratio: float = 0.0
@@ -36,19 +54,24 @@ class ToMe(MethodConfig):
     metric: str = "input"
     random: bool = True
     layers: tuple[int, ...] | None = None
+    plan_blocks: int | None = 1
+    plan_every: int = 1
+    mix: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= HIGHEST:
-            raise DiffratioError(
-                f"tome: ratio {self.ratio!r} is outside [0, {HIGHEST}]: each {CELL}x{CELL} cell keeps one token"
-            )
-        if not self.sites or len(set(self.sites)) != len(self.sites):
-            raise DiffratioError(f"tome: sites {self.sites!r} must name one or more of {', '.join(SITES)}, each once")
-        for site in self.sites:
-            if site not in SITES:
-                raise unknown("tome site", site, SITES)
+        name = type(self).__name__.lower()
+        check_number(name, "ratio", self.ratio, 0, HIGHEST, f"each {CELL}x{CELL} cell keeps one token")
+        check_sites(name, self.sites)
         if self.metric not in ("input", "normed"):
-            raise unknown("tome metric", self.metric, ("input", "normed"))
+            raise unknown(f"{name} metric", self.metric, ("input", "normed"))
+        check_count(name, "plan_every", self.plan_every, 1, "steps that share a plan")
+        if self.plan_blocks is not None:
+            check_count(name, "plan_blocks", self.plan_blocks, 1, "blocks that share a plan; null for all")
+        if self.metric == "normed" and (self.plan_blocks, self.plan_every) != (1, 1):
+            raise DiffratioError(
+                f"{name}: metric 'normed' plans at every site, so plan_blocks and plan_every must be 1, "
+                f"got {self.plan_blocks!r} and {self.plan_every!r}; share plans with metric 'input'"
+            )
 
     @property
     def as_published(self) -> bool:
@@ -58,30 +81,51 @@ class ToMe(MethodConfig):
 
 @register
 class ToMeMethod(Method):
-    """One plan a block from its input, shared by its sites (metric `input`), or one a site (metric `normed`)."""
+    """One plan a block from its input, shared by its sites (metric `input`), or one a site (metric `normed`).
+
+    Each sample of a batch, and so each guidance half, has a matching of its own; the destinations are shared by all.
+    """
 
     name = "tome"
     config_class = ToMe
 
     def __init__(self, config: ToMe, description: Description) -> None:
         super().__init__(config, description)
-        self.split: tuple[Tensor, Tensor] | None = None
-        self.present: Plan | None = None
-        layers = range(description.layers) if config.layers is None else config.layers
-        if any(layer not in range(description.layers) for layer in layers):
-            raise DiffratioError(f"tome: layers {config.layers} do not fit a model of {description.layers} blocks")
-        self.layers = frozenset(layers)
+        self.layers = check_layers(self.name, config.layers, description)
+        self.sharing = Sharing(self.layers, config.plan_blocks, config.plan_every)
+        self.split: tuple[Tensor, Tensor] | None = None  # sources and destinations of this step
+        self.plans: dict[int, MergePlan] = {}  # by group of blocks
+        self.present: Plan | None = None  # of the block that is running
+        self.carried: RunState[dict[int, MergePlan]] = RunState(self.name)
 
     def sites(self) -> tuple[str, ...]:
         """The configured ones."""
         return tuple(self.config.sites)
 
-    def removed(self, tokens: int, sources: int) -> int:
-        """r = floor(ratio N), at most the sources of this grid; a grid smaller than a cell has nowhere to merge to."""
-        return min(int(self.config.ratio * tokens), sources) if sources < tokens else 0
+    def removed(self, layer: int, step: int, tokens: int, sources: int) -> int:
+        """r = floor(ratio N), or mixed; at most the sources of this grid (odd edges have no destination of their own).
+
+        Outside an open run every forward counts as step 0.
+        """
+        turn = self.sharing.turn(layer, step)
+        return min(whole(self.config.ratio * tokens, turn, self.config.mix), sources)
 
     def begin_step(self, ctx: StepContext) -> None:
         """Draws the step's destinations: one draw for all samples and guidance halves."""
+        self.plans, self.present = {}, None
+        if self.config.ratio == 0:
+            return
+        check_cells(self.name, ctx.grid, CELL)
+        if self.config.plan_every > 1:
+            if ctx.step is None:
+                raise DiffratioError(
+                    f"{self.name}: plan_every={self.config.plan_every} keeps plans from step to step and needs an "
+                    "open run: diffratio.attach_(pipe) first, or set plan_every=1"
+                )
+            self.carried.begin(ctx.step)
+            if not self.sharing.renews(ctx.step):
+                self.plans = dict(self.carried.value or {})
+            self.carried.next = self.plans  # filled by this step's blocks
         draws = None
         if self.config.random:
             draws = seeded_uniform((ctx.grid.tokens,), ctx.seed, ctx.step or 0)
@@ -89,69 +133,83 @@ class ToMeMethod(Method):
 
     def plan(self, layer: int, site: str, x: Tensor, ctx: StepContext) -> Plan | None:
         """Plans at the block's input, or at the site's."""
-        assert self.split is not None
-        sources, destinations = self.split
-        removed = self.removed(x.shape[1], len(sources))
-        if removed == 0 or layer not in self.layers:
+        if layer not in self.layers or self.config.ratio == 0:
             return None
         if site == "block":
-            self.present = self._match(x, removed) if self.config.metric == "input" else None
+            self.present = (
+                self.finish(self._shared(layer, x, ctx), layer, ctx) if self.config.metric == "input" else None
+            )
             return None
-        return self.present if self.config.metric == "input" else self._match(x, removed)
+        return self.present if self.config.metric == "input" else self.finish(self._match(layer, x, ctx), layer, ctx)
 
-    def _match(self, x: Tensor, removed: int) -> MergePlan:
+    def finish(self, plan: MergePlan | None, layer: int, ctx: StepContext) -> Plan | None:
+        """What a matching becomes in this block: here the mean of each group."""
+        return plan
+
+    def _shared(self, layer: int, x: Tensor, ctx: StepContext) -> MergePlan | None:
+        group = self.sharing.group(layer)
+        if group not in self.plans:
+            plan = self._match(layer, x, ctx)
+            if plan is None:
+                return None
+            self.plans[group] = plan.prepared()
+        plan = self.plans[group]
+        same_samples(self.name, plan.slots, len(x))
+        return plan
+
+    def _match(self, layer: int, x: Tensor, ctx: StepContext) -> MergePlan | None:
         assert self.split is not None
-        return bipartite_merge(x, *self.split, removed)
+        sources, destinations = self.split = (self.split[0].to(x.device), self.split[1].to(x.device))
+        removed = self.removed(layer, ctx.step or 0, x.shape[1], len(sources))
+        return bipartite_merge(x, sources, destinations, removed) if removed else None
 
     def use(self, layer: int, step: int, run: SamplingRun) -> BlockUse:
         """k tokens at the merged sites; matching N_src N_dst d a plan."""
-        grid = run.grid
-        sources, destinations = _counts(grid)
-        removed = self.removed(grid.tokens, sources)
-        if removed == 0 or layer not in self.layers:
+        if layer not in self.layers or self.config.ratio == 0:
+            return BlockUse()
+        tokens = run.grid.tokens
+        destinations = check_cells(self.name, run.grid, CELL)
+        removed = self.removed(layer, step, tokens, tokens - destinations)
+        if removed == 0:
             return BlockUse()
         here = [site.name for site in self.description.blocks[layer].sites if site.name in self.config.sites]
-        kept = grid.tokens - removed
-        plans = 1 if self.config.metric == "input" else len(here)
-        matching = plans * sources * destinations * self.description.width
-        return BlockUse({site: (kept, kept) for site in here}, planning=matching)
+        plans = len(here)
+        if self.config.metric == "input":
+            plans = int(self.sharing.leads(layer) and self.sharing.renews(step))
+        matching = plans * (tokens - destinations) * destinations * self.description.width
+        return BlockUse({site: (tokens - removed,) * 2 for site in here}, planning=matching)
 
     @classmethod
-    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> ToMe:
+    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> Any:
         """Raises the ratio on self-attention; where that is not enough, feed_forward and cross_attention join.
 
-        Below the finest reachable step of the ratio (one token in one block) blocks mix: the middle ones merge first.
+        Blocks and steps mix two neighbouring counts. Where even one token costs more in matching than it saves, fewer
+        blocks merge more: the middle ones first.
         """
         budget = check_budget(budget)
-        available = {site.name for block in description.blocks for site in block.sites}
-        widenings = [
-            tuple(site for site in sites if site in available)
-            for sites in (("self_attention",), ("self_attention", "feed_forward"), SITES)
-        ]
-        tokens, lowest, highest = run.grid.tokens, 1.0, 1.0
-        from_middle = sorted(range(description.layers), key=lambda i: (abs(i - (description.layers - 1) / 2), i))
         if budget == 1:
-            return ToMe()
-        for sites in dict.fromkeys(widenings):
-            removals = range(1, int(HIGHEST * tokens) + 1)
-            full = [ToMe(min(HIGHEST, removed / tokens + 1e-9), sites) for removed in removals]
-            cheapest = cls(full[-1], description).macs(run).fraction
-            lowest = min(lowest, cheapest)
-            if cheapest > budget:
-                continue
-            partial = [
-                ToMe(full[at].ratio, sites, layers=tuple(sorted(from_middle[:count])))
-                for at in (len(full) // 3, len(full) * 2 // 3, len(full) - 1)
-                for count in range(1, description.layers)
-            ]
-            for candidates in (full, partial):
-                try:
-                    return dearest_within(cls, candidates, description, run, budget)
-                except BudgetUnreachable as error:
-                    lowest, highest = min(lowest, error.reachable[0]), max(highest, error.reachable[1])
-        raise BudgetUnreachable(cls.name, budget, (lowest, highest), "merging cannot touch what is computed per sample")
+            return cls.config_class()
+        check_cells(cls.name, run.grid, CELL)
+        hint = "merging cannot touch what is computed per sample"
+        return dearest_on_ladders(cls, cls._ladders(description, run), description, run, budget, hint)
 
+    @classmethod
+    def _ladders(cls, description: Description, run: SamplingRun) -> Iterator[Sequence[Any]]:
+        make: Any = cls.config_class
+        available = {site.name for block in description.blocks for site in block.sites}
+        tokens, inner = run.grid.tokens, from_middle(description.layers)
+        rungs = int(HIGHEST * tokens) * description.layers
 
-def _counts(grid: TokenGrid) -> tuple[int, int]:
-    destinations = (grid.height // CELL) * (grid.width // CELL)
-    return grid.tokens - destinations, destinations
+        widenings = (("self_attention",), ("self_attention", "feed_forward"), SITES)
+        for sites in dict.fromkeys(tuple(site for site in one if site in available) for one in widenings):
+            yield Ladder(
+                rungs,
+                lambda at, sites=sites: make(HIGHEST * (at + 1) / rungs, sites, mix=True),  # type: ignore[misc]
+            )
+            for count in range(description.layers - 1, 0, -1):
+                yield Ladder(
+                    rungs,
+                    lambda at, sites=sites, count=count: make(  # type: ignore[misc]
+                        HIGHEST * (at + 1) / rungs, sites, layers=tuple(sorted(inner[:count])), mix=True
+                    ),
+                )

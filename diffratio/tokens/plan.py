@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -80,26 +80,58 @@ class MergePlan:
     Args:
         index: one representative of each group in raster order, (B or 1, K); `take` uses it.
         slots: group of each token, (B or 1, N), values in 0..K-1.
+        order: tokens sorted by group, (B or 1, N); None is found when it is needed (see `prepared`).
+        lengths: members of each group, (B or 1, K); goes with `order`.
     """
 
     index: Tensor
     slots: Tensor
+    order: Tensor | None = None
+    lengths: Tensor | None = None
 
     @property
     def kept(self) -> int:
         """Number of groups K that are computed."""
         return self.index.shape[1]
 
-    def reduce(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, K, C): plain mean of each group, as a sort and a segmented sum (no atomics)."""
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """Tokens sorted by group (B or 1, N), and the members of each group (B or 1, K)."""
+        if self.order is not None and self.lengths is not None:
+            return self.order, self.lengths
+        ordered, order = self.slots.sort(dim=1, stable=True)
+        groups = torch.arange(self.kept, device=order.device).repeat(len(order), 1)
+        ends = torch.searchsorted(ordered, groups, right=True)
+        return order, torch.diff(ends, dim=1, prepend=ends.new_zeros(len(order), 1))
+
+    def prepared(self) -> Self:
+        """The same plan with its sort done: worth it where several places share the plan."""
+        order, lengths = self.segments()
+        return replace(self, order=order, lengths=lengths)
+
+    def repeated(self, times: int) -> Self:
+        """The same plan for a batch that holds the samples several times, one copy after the other."""
+        index, slots = self.index.repeat(times, 1), self.slots.repeat(times, 1)
+        if self.order is None or self.lengths is None:
+            return replace(self, index=index, slots=slots)
+        return replace(
+            self, index=index, slots=slots, order=self.order.repeat(times, 1), lengths=self.lengths.repeat(times, 1)
+        )
+
+    def dropped(self) -> KeepPlan:
+        """The same groups, but only the representatives are computed and the other members copy their result."""
+        return KeepPlan(self.index, self.slots)
+
+    def pool(self, x: Tensor, reduction: str) -> Tensor:
+        """(B, N, C) -> (B, K, C): `mean` or `max` of each group, as a sort and a segmented reduction (no atomics)."""
         batch, tokens, channels = x.shape
-        slots = self.slots.expand(batch, tokens)
-        ordered, order = slots.sort(dim=1, stable=True)
-        ends = torch.searchsorted(ordered, torch.arange(self.kept, device=x.device).repeat(batch, 1), right=True)
-        lengths = torch.diff(ends, dim=1, prepend=ends.new_zeros(batch, 1))  # (B, K)
+        order, lengths = self.segments()
         rows = gather_tokens(x, order).reshape(batch * tokens, channels)
-        mean = torch.segment_reduce(rows, "mean", lengths=lengths.reshape(-1), axis=0, unsafe=True)
-        return mean.view(batch, self.kept, channels)
+        lengths = lengths.expand(batch, -1).reshape(-1)
+        return torch.segment_reduce(rows, reduction, lengths=lengths, axis=0, unsafe=True).view(batch, -1, channels)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, K, C): plain mean of each group."""
+        return self.pool(x, "mean")
 
     def take(self, argument: Tensor) -> Tensor:
         """The representative's entry of a per-token argument."""
@@ -148,3 +180,19 @@ class AttentionPlan:
         query_index = None if self.queries is None else self.queries.index
         given = {"query_index": query_index, "key_index": self.keys, "key_bias": self.bias}
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class NormMergePlan(MergePlan):
+    """A merge whose groups keep their length: direction of the mean, norm of the longest member.
+
+    A plain mean of tokens that point apart is shorter than each of them, which later layers have never seen.
+    """
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, K, C); a group whose mean is zero has no direction and stays zero."""
+        mean = self.pool(x, "mean")
+        wide = torch.promote_types(x.dtype, torch.float32)  # squares of half-precision activations overflow
+        longest = self.pool(torch.linalg.vector_norm(x.to(wide), dim=-1, keepdim=True), "max")  # (B, K, 1)
+        length = torch.linalg.vector_norm(mean.to(wide), dim=-1, keepdim=True)
+        return (mean.to(wide) * (longest / length.clamp_min(torch.finfo(wide).tiny))).to(mean.dtype)

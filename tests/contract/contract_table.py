@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffratio.backbones import get_backbone
 from diffratio.cost.run import Halves, SamplingRun, uniform_run
 from diffratio.methods import MethodConfig
 from diffratio.routing.schedule import KeepSchedule
-from diffratio.surgery import attachment
+from diffratio.surgery import attachment, is_applied
 from diffratio.tokens.grid import TokenGrid
 
 GRID = TokenGrid(4, 4)
@@ -54,6 +55,19 @@ def _schedule(bins: tuple[tuple[int, ...], ...], alignment: int = 1) -> KeepSche
 
 def _tome(name: str, **settings: Any) -> Row:
     return Row(name, "tome", lambda: diffratio.ToMe(ratio=0.5, **settings), lambda: diffratio.ToMe(0.0, **settings))
+
+
+def _tofu(name: str, **settings: Any) -> Row:
+    return Row(name, "tofu", lambda: diffratio.ToFu(ratio=0.5, **settings), lambda: diffratio.ToFu(0.0, **settings))
+
+
+def _sdtm(name: str, **settings: Any) -> Row:
+    return Row(name, "sdtm", lambda: diffratio.SDTM(**settings), lambda: diffratio.SDTM(0.0, 0.0, **settings))
+
+
+def _importance(name: str, **settings: Any) -> Row:
+    make = diffratio.Importance
+    return Row(name, "importance", lambda: make(**settings), lambda: make(**settings | {"ratio": 0.0}))
 
 
 BOTH = ("self_attention", "feed_forward")
@@ -107,6 +121,16 @@ ROWS = [
     _tome("tome normed", metric="normed"),
     _tome("tome normed both sites, fixed", metric="normed", sites=BOTH, random=False),
     _tome("tome feed_forward, one block", sites=("feed_forward",), layers=(1,)),
+    _tome("tome one plan a step", sites=BOTH, plan_blocks=None),
+    _tofu("tofu"),
+    _tofu("tofu both sites, drops in one block", sites=BOTH, switch=0.4),
+    _tofu("tofu normed, merges only", metric="normed", switch=0.0),
+    _sdtm("sdtm"),
+    _sdtm("sdtm release, every block", variant="release", plan_blocks=1, random=False),
+    _sdtm("sdtm detail soon, shared steps", switch=0.0, plan_every=3, detail_sites=BOTH),
+    _importance("importance"),
+    _importance("importance sd", variant="sd", drop_steps=0),
+    _importance("importance sd, one plan a step", variant="sd", plan_blocks=None, sites=BOTH),
 ]
 BACKBONES = ("dit",)
 CASES = [(row, backbone) for row in ROWS for backbone in BACKBONES]
@@ -142,11 +166,57 @@ def inputs(levels: tuple[float, ...] = LEVELS, dtype: torch.dtype = torch.float3
     }
 
 
-def forward(transformer: nn.Module, batch: dict[str, Tensor] | None = None) -> Tensor:
-    """The prediction for a batch."""
-    output = transformer(**(inputs() if batch is None else batch), return_dict=False)[0]
-    assert isinstance(output, Tensor)
-    return output
+PAIRED = ("sdtm", "importance")  # these plan for both guidance halves at once
+
+
+def pairs_halves(transformer: nn.Module) -> bool:
+    """Whether a method is attached whose plans serve both guidance halves of a batch."""
+    return transformer.__dict__.get("_diffratio") is not None and attachment(transformer).token_method.name in PAIRED
+
+
+def keeps_state(transformer: nn.Module) -> bool:
+    """Whether a method is attached that needs an open run."""
+    state = transformer.__dict__.get("_diffratio")
+    return state is not None and any(method.stateful for method in state.methods)
+
+
+@contextmanager
+def halves(transformer: nn.Module, order: Halves) -> Iterator[None]:
+    """Forwards in here hold both guidance halves in that order."""
+    if not is_applied(transformer):
+        yield
+        return
+    state = attachment(transformer)
+    before, state.halves = state.halves, order
+    try:
+        yield
+    finally:
+        state.halves = before
+
+
+def forward(transformer: nn.Module, batch: dict[str, Tensor] | None = None, paired: bool | None = None) -> Tensor:
+    """The prediction for a batch; of a method that pairs guidance halves, that of the conditional half.
+
+    A method that keeps state is at step 0 of a run unless the test has put it elsewhere.
+    """
+    batch = inputs() if batch is None else batch
+    if keeps_state(transformer) and attachment(transformer).run is None:
+        in_run(transformer, RUN, 0)
+    if not (pairs_halves(transformer) if paired is None else paired):
+        output = transformer(**batch, return_dict=False)[0]
+        assert isinstance(output, Tensor)
+        return output
+    doubled = {name: torch.cat([value, value]) for name, value in batch.items()}
+    doubled["class_labels"][len(batch["class_labels"]) :] = 10  # the null label
+    with halves(transformer, "cond_first"):
+        both = transformer(**doubled, return_dict=False)[0]
+    assert isinstance(both, Tensor)
+    return both.chunk(2)[0]
+
+
+def train_(transformer: nn.Module, mode: bool = True) -> Any:
+    """Training mode, except for methods that keep state: they only sample."""
+    return transformer.train(mode and not keeps_state(transformer))
 
 
 def without_label_dropout(transformer: Any) -> Any:

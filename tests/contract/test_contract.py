@@ -20,6 +20,9 @@ from contract_table import (
     forward,
     in_run,
     inputs,
+    keeps_state,
+    pairs_halves,
+    train_,
     transformer_of,
     without_label_dropout,
 )
@@ -64,22 +67,22 @@ def test_methods_that_reduce_change_the_output() -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_identity_where_nothing_is_reduced(row: Row, backbone: str, training: bool) -> None:
     dense = without_label_dropout(transformer_of(backbone)).train(training)
-    converted = applied(row, backbone, neutral=True).train(training)
+    converted = train_(applied(row, backbone, neutral=True), training)
     batches = [inputs()]
     if training and row.method == "diffcr" and getattr(row.neutral(), "estimator", "") == "loop":
         batches = [inputs((level,)) for level in LEVELS]  # it computes sample by sample, which rounds differently
     for batch in batches:
-        assert torch.equal(forward(converted, batch), forward(dense, batch))
+        assert torch.equal(forward(converted, batch), forward(dense, batch, pairs_halves(converted)))
     if not training:
         for step in range(RUN.steps):
-            assert torch.equal(forward(in_run(converted, RUN, step)), forward(dense))
+            assert torch.equal(forward(in_run(converted, RUN, step)), forward(dense, None, pairs_halves(converted)))
 
 
 @each_case
 def test_shape_and_finite(row: Row, backbone: str) -> None:
     transformer = applied(row, backbone)
     for training in (False, True):
-        output = forward(transformer.train(training))
+        output = forward(train_(transformer, training))
         assert output.shape == inputs()["hidden_states"].shape
         assert output.isfinite().all()
 
@@ -92,7 +95,7 @@ def test_remove_restores_exactly(row: Row, backbone: str) -> None:
     keys, attributes = list(before.state_dict()), [sorted(vars(module)) for module in before.modules()]
     transformer = applied(row, backbone)
     assert is_applied(transformer)
-    forward(transformer.train())
+    forward(train_(transformer))
     assert diffratio.remove_(transformer) is transformer
     transformer.eval()
     assert not is_applied(transformer)
@@ -127,7 +130,7 @@ def test_state_dict_keeps_the_base_keys_and_round_trips(row: Row, backbone: str)
 @each_case
 def test_deepcopy_runs_its_own_weights(row: Row, backbone: str) -> None:
     original = applied(row, backbone)
-    forward(original.train()).sum().backward()  # state of a training forward must not be in the way
+    forward(train_(original)).sum().backward()  # state of a training forward must not be in the way
     original.eval()
     expected = forward(original)
     twin = copy.deepcopy(original)
@@ -162,7 +165,7 @@ def _saved_and_loaded(transformer: torch.nn.Module) -> torch.nn.Module:
 
 @each_case
 def test_autocast_in_bf16(row: Row, backbone: str) -> None:
-    transformer = applied(row, backbone).train()
+    transformer = train_(applied(row, backbone))
     full = forward(transformer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = forward(transformer)
@@ -177,14 +180,14 @@ def test_bf16_weights(row: Row, backbone: str) -> None:
     transformer = applied(row, backbone).to(torch.bfloat16)
     batch = inputs(dtype=torch.bfloat16)
     for training in (False, True):
-        output = forward(transformer.train(training), batch)
+        output = forward(train_(transformer, training), batch)
         assert output.dtype == torch.bfloat16
         assert output.isfinite().all()
 
 
 @each_case
 def test_gradient_checkpointing_gives_the_same_gradients(row: Row, backbone: str) -> None:
-    plain, checkpointed = applied(row, backbone).train(), applied(row, backbone).train()
+    plain, checkpointed = train_(applied(row, backbone)), train_(applied(row, backbone))
     checkpointed.enable_gradient_checkpointing()
     calls = {"blocks": 0}
     block_class = type(checkpointed.transformer_blocks[0]).__mro__[3]
@@ -203,10 +206,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(row: Row, backbone: str
 def test_every_parameter_gets_a_gradient(row: Row, backbone: str) -> None:
     """DDP raises for parameters that a step leaves out, whatever the regions of its batch."""
     for levels in ((0.05, 0.3, 0.55, 0.8), (0.95, 0.95), (0.1,)):
-        transformer = applied(row, backbone).train()
+        transformer = train_(applied(row, backbone))
         got = gradients(transformer, inputs(levels))
         assert got.keys() == {name for name, p in transformer.named_parameters() if p.requires_grad}
-        neutral = applied(row, backbone, neutral=True).train()
+        neutral = train_(applied(row, backbone, neutral=True))
         assert gradients(neutral, inputs(levels)).keys() == got.keys()
 
 
@@ -215,7 +218,7 @@ def test_gradients_reach_routers_and_ratios(row: Row, backbone: str) -> None:
     if not row.trains:
         assert not [name for name, _ in applied(row, backbone).named_parameters() if "router" in name]
         return
-    got = gradients(applied(row, backbone).train())
+    got = gradients(train_(applied(row, backbone)))
     for name, gradient in got.items():
         if name.endswith("router.weight") or name.endswith("rho"):
             assert gradient.abs().sum() > 0, name
@@ -227,7 +230,7 @@ def test_gradients_reach_routers_and_ratios(row: Row, backbone: str) -> None:
 @each_case
 def test_samples_do_not_depend_on_their_batch(row: Row, backbone: str) -> None:
     for training in (False, True):
-        transformer = applied(row, backbone).train(training)
+        transformer = train_(applied(row, backbone), training)
         batch = inputs()
         together = forward(transformer, batch)
         for i in range(len(together)):
@@ -242,8 +245,12 @@ def test_samples_do_not_depend_on_their_batch(row: Row, backbone: str) -> None:
 def test_an_open_run_agrees_with_the_timesteps(row: Row, backbone: str) -> None:
     """Regions from the run's Python numbers and from the tensor of timesteps are the same function."""
     transformer = applied(row, backbone)
+    if keeps_state(transformer):
+        with pytest.raises(DiffratioError, match=r"needs an open run"):
+            transformer(**inputs())
+        return
     for step, level in enumerate(RUN.noise_levels):
-        if row.method in ("tome", "lite_uncond") and step:  # their draws belong to the step
+        if row.method in ("tome", "tofu", "lite_uncond") and step:  # their draws belong to the step
             break
         batch = inputs((level, level))
         standing_alone = forward(transformer, batch)
@@ -301,7 +308,7 @@ def test_fsdp_may_put_its_class_in_front(row: Row, backbone: str) -> None:
     assert torch.equal(forward(transformer), expected)
     transformer.enable_gradient_checkpointing()
     assert torch.equal(
-        forward(transformer.train(row.ratios)).detach(), forward(applied(row, backbone).train(row.ratios))
+        forward(train_(transformer, row.ratios)).detach(), forward(applied(row, backbone).train(row.ratios))
     )
 
 
@@ -339,7 +346,7 @@ def _check_compiled(row: Row, backbone: str, compiler: str) -> None:
     compile_(compiled, fullgraph=True, backend=compiler)
     with torch.no_grad():
         for training in (False, True):
-            expected = forward(plain.train(training))
-            torch.testing.assert_close(forward(compiled.train(training)), expected, atol=1e-5, rtol=1e-5)
+            expected = forward(train_(plain, training))
+            torch.testing.assert_close(forward(train_(compiled, training)), expected, atol=1e-5, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.compiler.reset()

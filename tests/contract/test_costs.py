@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_table import CASES, GRID, IDS, RUN, Row, applied, forward, in_run, inputs, transformer_of
+from contract_table import (
+    CASES,
+    GRID,
+    IDS,
+    RUN,
+    Row,
+    applied,
+    forward,
+    in_run,
+    inputs,
+    pairs_halves,
+    transformer_of,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +41,7 @@ def counted(transformer: torch.nn.Module, run: SamplingRun, steps: list[int] | N
         # attention as two matrix products: the counter knows no fused CPU kernel
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             forward(transformer, inputs((level,)))
-        total += run.halves * counter.get_total_flops() // 2
+        total += (1 if pairs_halves(transformer) else run.halves) * counter.get_total_flops() // 2
     return total
 
 
@@ -140,7 +152,7 @@ def test_a_budget_of_one_is_dense(medium: torch.nn.Module, name: str) -> None:
     assert _fraction(medium, diffratio.for_budget(name, medium, 1.0, run=run), run) == 1.0
 
 
-@pytest.mark.parametrize("name", ["mod", "hand", "tome"])
+@pytest.mark.parametrize("name", ["mod", "hand", "tome", "tofu", "sdtm", "importance"])
 def test_the_solved_config_is_what_runs(medium: torch.nn.Module, name: str) -> None:
     run = uniform_run(4, GRID8)
     config = diffratio.for_budget(name, medium, 0.7, run=run)
@@ -151,9 +163,9 @@ def test_the_solved_config_is_what_runs(medium: torch.nn.Module, name: str) -> N
         in_run(twin, run, step)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             forward(twin, inputs((level,)) | {"hidden_states": torch.randn(1, 1, 16, 16)})
-        total += run.halves * counter.get_total_flops() // 2
+        total += (1 if pairs_halves(twin) else run.halves) * counter.get_total_flops() // 2
     cost = diffratio.macs(twin, run=run)
-    assert total == pytest.approx(cost.total - (0 if name == "tome" else cost.planning), rel=1e-3)
+    assert total == pytest.approx(cost.total - (cost.planning if get_method(name).learned else 0), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", list(methods()))

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffratio.tokens.grid import TokenGrid
-from diffratio.tokens.matching import bipartite_merge, cell_destinations
+from diffratio.tokens.matching import (
+    bipartite_merge,
+    cell_destinations,
+    cell_members,
+    complement,
+    foremost,
+    nearest_partners,
+    window_similarity,
+)
 
 
 def _theirs(x: torch.Tensor, grid: TokenGrid, removed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,3 +84,47 @@ def test_values_do_not_depend_on_scale_or_batch() -> None:
     whole = bipartite_merge(x, *split, 10)
     assert torch.equal(bipartite_merge(4 * x, *split, 10).slots, whole.slots)
     assert torch.equal(bipartite_merge(x[1:2], *split, 10).slots, whole.slots[1:2])
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 7), st.integers(2, 7), st.integers(2, 3), st.booleans(), st.integers(0, 1000))
+def test_window_similarity_is_the_mean_cosine_of_pairs(
+    height: int, width: int, side: int, self_pairs: bool, seed: int
+) -> None:
+    grid = TokenGrid(height, width)
+    x = torch.randn(2, grid.tokens, 5, generator=torch.Generator().manual_seed(seed)).double()
+    members = cell_members(grid, side)
+    assert len(members) == (height // side) * (width // side)
+    got = window_similarity(x, grid, side, self_pairs)
+    assert got.shape == (2, len(members))
+    for b in range(2):
+        for w, window in enumerate(members.tolist()):
+            rows, columns = {n // width // side for n in window}, {n % width // side for n in window}
+            assert len(rows) == len(columns) == 1 and len(set(window)) == side**2
+            cosines = [
+                torch.cosine_similarity(x[b, n], x[b, m], dim=0) for n in window for m in window if self_pairs or n != m
+            ]
+            assert float(got[b, w]) == pytest.approx(float(sum(cosines)) / len(cosines), abs=1e-5)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 8), st.integers(1, 8), st.floats(0.1, 1), st.integers(0, 1000))
+def test_nearest_partners_by_hand(height: int, width: int, share: float, seed: int) -> None:
+    grid = TokenGrid(height, width)
+    order = torch.rand(2, grid.tokens, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    destinations = order[:, : max(1, int(share * grid.tokens))].sort(1).values
+    sources = complement(destinations, grid.tokens)
+    best, partner = nearest_partners(grid, sources, destinations)
+    for b in range(2):
+        assert sorted(sources[b].tolist() + destinations[b].tolist()) == list(range(grid.tokens))
+        for s, n in enumerate(sources[b].tolist()):
+            squared = [(n // width - m // width) ** 2 + (n % width - m % width) ** 2 for m in destinations[b].tolist()]
+            assert -int(best[b, s]) == min(squared)
+            assert int(partner[b, s]) == squared.index(min(squared))
+
+
+def test_foremost_takes_the_first_before_the_best() -> None:
+    scores = torch.tensor([[0.1, 3.0, 2.0, 2.0, -1e30]])
+    first = torch.tensor([[False, False, False, False, True]])
+    assert foremost(scores, 3).tolist() == [[1, 2, 3]]
+    assert foremost(scores, 3, first).tolist() == [[4, 1, 2]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diffratio.errors import DiffratioError
 from diffratio.tokens.grid import TokenGrid
 from diffratio.tokens.matching import bipartite_merge, cell_destinations, mixed_seed, seeded_uniform
-from diffratio.tokens.plan import KeepPlan, MergePlan, gather_tokens
+from diffratio.tokens.plan import KeepPlan, MergePlan, NormMergePlan, gather_tokens
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 24), st.integers(1, 5))  # B, N, C
 
@@ -179,3 +179,44 @@ def test_seeded_draws_are_constants() -> None:
 MIXED_0 = 8147104208329303767
 MIXED_123 = 3851293329796251419
 DRAWS = [0.05083400011062622, 0.3659529685974121, 0.09735018014907837, 0.9333447217941284]
+
+
+@given(merge_plans())
+def test_norm_merging_keeps_the_direction_of_the_mean_and_the_largest_norm(
+    case: tuple[MergePlan, torch.Tensor],
+) -> None:
+    plain, x = case
+    plan, x = NormMergePlan(plain.index, plain.slots), x.double()
+    reduced = plan.reduce(x)
+    for b in range(x.shape[0]):
+        slots = plan.slots[b % plan.slots.shape[0]].tolist()
+        for k in range(plan.kept):
+            members = [x[b, n] for n, slot in enumerate(slots) if slot == k]
+            mean = sum(members) / len(members)
+            longest = max(float(member.norm()) for member in members)
+            torch.testing.assert_close(reduced[b, k], mean / mean.norm() * longest)
+    single = NormMergePlan(torch.arange(x.shape[1])[None], torch.arange(x.shape[1])[None])
+    torch.testing.assert_close(single.reduce(x), x)
+
+
+def test_norm_merging_of_opposite_tokens_stays_finite() -> None:
+    plan = NormMergePlan(torch.tensor([[0, 2]]), torch.tensor([[0, 0, 1]]))
+    x = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [3.0, 4.0]]], requires_grad=True)
+    reduced = plan.reduce(x)
+    assert reduced.tolist() == [[[0.0, 0.0], [3.0, 4.0]]]
+    large = plan.reduce((x.detach() * 1e3).half())  # squares beyond half precision
+    assert large.dtype == torch.float16 and large[0, 1].tolist() == [3000.0, 4000.0]
+
+
+@given(merge_plans())
+def test_prepared_repeated_and_dropped_plans_hold_the_same_groups(case: tuple[MergePlan, torch.Tensor]) -> None:
+    plan, x = case
+    prepared = plan.prepared()
+    assert torch.equal(prepared.reduce(x), plan.reduce(x))
+    twice = torch.cat([x, x])
+    whole = MergePlan(plan.index.expand(len(x), -1), plan.slots.expand(len(x), -1))
+    for one in (whole, whole.prepared()):
+        assert torch.equal(one.repeated(2).reduce(twice), torch.cat([plan.reduce(x), plan.reduce(x)]))
+    dropped = plan.dropped()
+    assert torch.equal(dropped.reduce(x), plan.take(x))
+    assert torch.equal(dropped.restore(dropped.reduce(x), x), plan.restore(plan.take(x), x))
