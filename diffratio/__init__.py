@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 # public name -> module; imported when first used, so that `import diffratio` stays cheap
 _LAZY = {
+    "BlockDrop": "diffratio.methods.block_drop",
     "Dense": "diffratio.methods.dense",
     "DiffCR": "diffratio.methods.diffcr",
     "FewerSteps": "diffratio.methods.fewer_steps",
@@ -18,7 +19,9 @@ _LAZY = {
     "Hand": "diffratio.methods.hand",
     "Importance": "diffratio.methods.importance",
     "LiteUncond": "diffratio.methods.lite_uncond",
+    "Measured": "diffratio.methods.measured",
     "MoD": "diffratio.methods.mod",
+    "RandomKeep": "diffratio.methods.random_keep",
     "SDTM": "diffratio.methods.sdtm",
     "ToDo": "diffratio.methods.todo",
     "ToFu": "diffratio.methods.tofu",
@@ -34,6 +37,8 @@ _LAZY = {
     "summary": "diffratio.surgery",
     "macs": "diffratio.surgery",
     "for_budget": "diffratio.surgery",
+    "calibrate": "diffratio.sensitivity",
+    "load_sensitivity": "diffratio.sensitivity",
     "load_transformer": "diffratio.checkpoint",
     "load_pipeline": "diffratio.checkpoint",
     "export": "diffratio.checkpoint",
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
     from diffratio.checkpoint import load_pipeline as load_pipeline
     from diffratio.checkpoint import load_transformer as load_transformer
     from diffratio.cost.run import SamplingRun as SamplingRun
+    from diffratio.methods.block_drop import BlockDrop as BlockDrop
     from diffratio.methods.dense import Dense as Dense
     from diffratio.methods.diffcr import DiffCR as DiffCR
     from diffratio.methods.fewer_steps import FewerSteps as FewerSteps
@@ -51,12 +57,16 @@ if TYPE_CHECKING:
     from diffratio.methods.hand import Hand as Hand
     from diffratio.methods.importance import Importance as Importance
     from diffratio.methods.lite_uncond import LiteUncond as LiteUncond
+    from diffratio.methods.measured import Measured as Measured
     from diffratio.methods.mod import MoD as MoD
+    from diffratio.methods.random_keep import RandomKeep as RandomKeep
     from diffratio.methods.sdtm import SDTM as SDTM
     from diffratio.methods.todo import ToDo as ToDo
     from diffratio.methods.tofu import ToFu as ToFu
     from diffratio.methods.tome import ToMe as ToMe
     from diffratio.routing.schedule import KeepSchedule as KeepSchedule
+    from diffratio.sensitivity import calibrate as calibrate
+    from diffratio.sensitivity import load_sensitivity as load_sensitivity
     from diffratio.surgery import apply_ as apply_
     from diffratio.surgery import attach_ as attach_
     from diffratio.surgery import compile_ as compile_

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # name -> (module, one line); modules are imported when a method is used
 METHODS: dict[str, tuple[str, str]] = {
+    "block_drop": ("diffratio.methods.block_drop", "routed; whole blocks bypassed, those of least change first"),
     "dense": ("diffratio.methods.dense", "every token in every block: the control that does nothing"),
     "diffcr": ("diffratio.methods.diffcr", "learned routers and differentiable keep ratios, layer x region"),
     "fewer_steps": ("diffratio.methods.fewer_steps", "the dense model at the step count that costs the budget"),
@@ -11,7 +12,9 @@ METHODS: dict[str, tuple[str, str]] = {
     "hand": ("diffratio.methods.hand", "routed; fewer tokens in middle blocks at noisy levels, by rule"),
     "importance": ("diffratio.methods.importance", "merges where guidance changes little, training-free"),
     "lite_uncond": ("diffratio.methods.lite_uncond", "fewer tokens in the unconditional guidance half alone"),
+    "measured": ("diffratio.methods.measured", "routed; a schedule from measured output error, without training"),
     "mod": ("diffratio.methods.mod", "routed; the same keep ratio everywhere (Mixture-of-Depths)"),
+    "random_keep": ("diffratio.methods.random_keep", "random tokens, the same keep ratio everywhere"),
     "sdtm": ("diffratio.methods.sdtm", "windows first, then single tokens, by step; training-free (SDTM, merging)"),
     "todo": ("diffratio.methods.todo", "keys and values from a coarser grid, training-free (ToDo)"),
     "tofu": ("diffratio.methods.tofu", "ToMe's matching; early blocks drop, later ones merge, training-free (ToFu)"),

@@ -103,8 +103,25 @@ def check(args: argparse.Namespace) -> Answer:
     """Composes and validates an experiment, builds it without weights and says what it will cost."""
     from diffratio.training.run import check, compose
 
-    first = args.experiment if "=" in args.experiment else f"experiment={args.experiment}"
-    return Answer(check(compose("train", [first, *args.overrides])))
+    return Answer(check(compose("train", [_experiment(args), *args.overrides]), args.map))
+
+
+def _experiment(args: argparse.Namespace) -> str:
+    name = str(args.experiment)
+    return name if "=" in name else f"experiment={name}"
+
+
+def measure(args: argparse.Namespace) -> Answer:
+    """Measures what each block, region and bin does to a dense model's output: schedules without training."""
+    from diffratio.training.run import compose, measure
+
+    cfg = compose("train", [_experiment(args), *args.overrides])
+
+    from diffratio.sensitivity import MeasureSettings
+
+    named = ("n", "regions", "lowest", "samples", "ranking", "seed")
+    settings = MeasureSettings(**{name: getattr(args, name) for name in named if getattr(args, name) is not None})
+    return Answer(measure(cfg, args.out, settings))
 
 
 def train(args: argparse.Namespace) -> Answer:
@@ -273,6 +290,19 @@ def parser() -> argparse.ArgumentParser:
     verb(show).add_argument("name", metavar="NAME")
     one = verb(check)
     one.add_argument("experiment", metavar="EXPERIMENT")
+    one.add_argument("--map", metavar="FILE", help="sensitivity map: predicts what the budget costs in quality")
+    overrides(one)
+    one = verb(measure)
+    one.add_argument("experiment", metavar="EXPERIMENT", help="whose backbone, data, objective and run are measured")
+    one.add_argument("--out", required=True, metavar="FILE.safetensors", help="sensitivity map to write")
+    one.add_argument("--n", type=int, help="images (default 256)")
+    one.add_argument("--regions", type=int, help="noise-level regions (default 4)")
+    one.add_argument("--lowest", type=float, help="budget at which the path ends (default 0.5)")
+    one.add_argument(
+        "--samples", type=int, help="images whose final distance weighs the regions; 0 (default) weighs them alike"
+    )
+    one.add_argument("--ranking", help="training-free ranking of the tokens (default strided)")
+    one.add_argument("--seed", type=int)
     overrides(one)
     overrides(verb(train))
     one = verb(sample)

@@ -49,15 +49,37 @@ class MoDMethod(RoutedMethod):
     @classmethod
     def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> MoD:
         """Lowers one cell by one bin at a time, evenly spread; regions join only where blocks alone are too coarse."""
-        budget, layers, costs = check_budget(budget), description.layers, macs_table(description, run)
-        for regions in (1, 4, 20):
-            cells = layers * regions
-            path = [spread(layers, regions, total) for total in range(10 * cells, cells - 1, -1)]
-            try:
-                table = first_within(path, costs, budget, cls.name)
-            except BudgetUnreachable as error:
-                unreachable = error
-                continue
-            keep = sum(map(sum, table)) / (10 * cells)
-            return MoD(KeepSchedule(table, run, budget), keep)
-        raise unreachable
+        schedule = uniform_schedule(description, run, budget, cls.name)
+        return MoD(schedule, mean_keep(schedule))
+
+
+def uniform_schedule(
+    description: Description, run: SamplingRun, budget: float, method: str, router: bool = True
+) -> KeepSchedule:
+    """The dearest uniform schedule within a budget: one cell falls by one bin at a time, evenly spread.
+
+    Args:
+        description: the transformer.
+        run: the run whose steps the budget counts.
+        budget: fraction of its dense MACs; lower keeps fewer tokens.
+        method: whose name an error carries.
+        router: whether ranking tokens costs a router.
+
+    Raises:
+        BudgetUnreachable: below what one bin everywhere costs.
+    """
+    budget, layers = check_budget(budget), description.layers
+    costs = macs_table(description, run, router=router)
+    for regions in (1, 4, 20):
+        cells = layers * regions
+        path = [spread(layers, regions, total) for total in range(10 * cells, cells - 1, -1)]
+        try:
+            return KeepSchedule(first_within(path, costs, budget, method), run, budget)
+        except BudgetUnreachable as error:
+            unreachable = error
+    raise unreachable
+
+
+def mean_keep(schedule: KeepSchedule) -> float:
+    """Mean keep ratio over the cells of a schedule."""
+    return sum(map(sum, schedule.bins)) / (10 * schedule.layers * schedule.regions)

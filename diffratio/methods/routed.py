@@ -71,11 +71,12 @@ class RoutedMethod(Method):
         self.alignment = config.schedule.alignment if config.schedule else 1
         self.routers = [TokenRouter(description.width) for _ in range(description.layers)]
         self.regions = Regions(0)
+        self.training = False
         self.kept_index: list[Tensor | None] | None = None  # set to a list to record the kept tokens of a forward
 
-    def block_modules(self) -> list[nn.Module]:
-        """The routers."""
-        return list(self.routers)
+    def block_modules(self) -> list[nn.Module] | None:
+        """The routers, where there are any."""
+        return list(self.routers) or None
 
     @property
     def region_count(self) -> int:
@@ -84,6 +85,7 @@ class RoutedMethod(Method):
 
     def begin_step(self, ctx: StepContext) -> None:
         """Finds the samples' regions: plain numbers in an open run, one read of the levels otherwise."""
+        self.training = ctx.training
         if self.kept_index is not None:
             self.kept_index = [None] * self.description.layers
         if ctx.noise_level is not None:
@@ -98,26 +100,48 @@ class RoutedMethod(Method):
         """Computed tokens of a bin."""
         return tokens_of_bin(bin_, tokens, self.alignment)
 
+    def scores(self, layer: int, x: Tensor, samples: Sequence[int] | None = None) -> Tensor:
+        """What tokens are ranked by, (B, N), higher is kept first.
+
+        Args:
+            layer: index of the block.
+            x: its input (B, N, C).
+            samples: which samples of the forward's batch these are; None means all of them.
+        """
+        logits = self.routers[layer](x)
+        assert isinstance(logits, Tensor)
+        return logits
+
     def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
         """Samples with the same bin run together: no padding, no mask."""
         row = self.bins[layer]
         if self.regions.shared is not None:
             return self.run_bin(layer, call, row[self.regions.shared])
         bins = [row[region] for region in self.regions.each]
-        return grouped(call, bins, lambda part, bin_: self.run_bin(layer, part, bin_))
+        members = {bin_: [sample for sample, own in enumerate(bins) if own == bin_] for bin_ in set(bins)}
+        return grouped(call, bins, lambda part, bin_: self.run_bin(layer, part, bin_, members[bin_]))
 
-    def run_bin(self, layer: int, call: BlockCall, bin_: int) -> Tensor:
-        """One bin for the whole batch."""
+    def run_bin(self, layer: int, call: BlockCall, bin_: int, samples: Sequence[int] | None = None) -> Tensor:
+        """One bin for the whole batch, which are the given samples of the forward's batch (None: all)."""
         x = call.x
         kept = self.keep(bin_, x.shape[1])
         if kept == 0:
-            return x
-        learning = torch.is_grad_enabled() and self.routers[layer].weight.requires_grad
+            return self._bypassed(layer, call) if self.training and torch.is_grad_enabled() else x
+        learning = bool(self.routers) and torch.is_grad_enabled() and self.routers[layer].weight.requires_grad
         if kept == x.shape[1]:
             y = call()
             return straight_through(x, y, self.routers[layer](x)) if learning else y
-        logits = self.routers[layer](x)
-        return self.run_best(layer, call, logits, ranking(logits), kept)
+        scores = self.scores(layer, x, samples)
+        return self.run_best(layer, call, scores, ranking(scores), kept)
+
+    def _bypassed(self, layer: int, call: BlockCall) -> Tensor:
+        """The input, with the block's parameters in the training graph by a neutral term: DDP refuses absent ones."""
+        x = call.x
+        first = KeepPlan(torch.zeros(1, 1, dtype=torch.long, device=x.device))
+        neutral = 0 * call(first)[:, :, :1]  # (B, 1, 1): one token is run, whatever it gives counts nothing
+        if self.routers:
+            neutral = neutral + 0 * self.routers[layer](x)[:, :1, None]
+        return x + neutral.to(x.dtype)
 
     def run_best(self, layer: int, call: BlockCall, logits: Tensor, ranked: Tensor, kept: int) -> Tensor:
         """The block on the k best tokens, gated, on top of the untouched rest."""
@@ -144,7 +168,11 @@ class RoutedMethod(Method):
         if kept == tokens:
             return BlockUse()
         counts = {site.name: (kept, kept) for site in self.description.blocks[layer].sites}
-        return BlockUse(counts, planning=tokens * self.description.width)
+        return BlockUse(counts, planning=self.planning(tokens))
+
+    def planning(self, tokens: int) -> int:
+        """MACs of ranking so many tokens once: the router's matrix-vector product."""
+        return tokens * self.description.width
 
 
 Key = TypeVar("Key", bound=Hashable)

@@ -17,19 +17,22 @@ from torch import nn
 from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
 from diffratio.checkpoint import load_skeleton, load_transformer
+from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError, unknown
-from diffratio.files import atomic_file, read_json
+from diffratio.files import atomic_file
 from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods
-from diffratio.objectives import get_objective
+from diffratio.objectives import Objective, get_objective
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
 from diffratio.training.logs import RunCSVLogger
 from diffratio.training.module import Training, dense_copy
+from diffratio.training.schedules import read_schedule
 from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
+_LOSS = ("timesteps", "distill")  # keys of the objective group that say how it is minimised
 
 
 def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
@@ -111,33 +114,41 @@ def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) ->
     if not cls.learned and name != "dense":
         trainable = ", ".join(["dense", *(one for one in methods() if get_method(one).learned)])
         raise DiffratioError(f"method {name!r} is training-free; train takes {trainable}, compare takes every method")
+    run = budget_run(transformer, budget)
     if isinstance(values.get("schedule"), str):
-        document = read_json(values["schedule"], "method.schedule")
-        values["schedule"] = document.get("method", document).get("schedule", document)
-    backbone = backbone_of(transformer)
-    guidance = "cfg" if budget.guidance else "none"
-    run = backbone.default_run(transformer, budget.steps, guidance)  # type: ignore[arg-type]
-    given = {key for key, value in values.items() if value is not None} - {"name"}
-    if cls.learned and name != "diffcr" and not given:
-        return cls.for_budget(backbone.describe(transformer), run, budget.target)
-    return config_from_json({key: value for key, value in values.items() if value is not None})
+        values |= read_schedule(values["schedule"], name, transformer, run, budget.target)
+    given = {key: value for key, value in values.items() if value is not None}
+    if cls.learned and name != "diffcr" and given.keys() <= {"name", "ranking"}:
+        config = cls.for_budget(backbone_of(transformer).describe(transformer), run, budget.target)
+        return dataclasses.replace(config, **{key: value for key, value in given.items() if key != "name"})
+    return config_from_json(given)
+
+
+def budget_run(transformer: nn.Module, budget: BudgetSettings) -> SamplingRun:
+    """The sampling run that a budget counts."""
+    guidance: Guidance = "cfg" if budget.guidance else "none"
+    return backbone_of(transformer).default_run(transformer, budget.steps, guidance)
+
+
+def build_objective(cfg: Config) -> Objective:
+    """The objective, without what belongs to the loss."""
+    values = {key: value for key, value in cfg["objective"].items() if key not in _LOSS}
+    return get_objective(values.pop("name"), **values)
 
 
 def build_module(cfg: Config, data: ImageData | None) -> Training:
     """The LightningModule with its transformer, method, objective and teacher."""
     budget = typed(BudgetSettings, cfg["budget"], "budget")
     optimizer = typed(OptimizerSettings, cfg["optimizer"], "optimizer")
-    objective_cfg = dict(cfg["objective"])
-    shared = {key: objective_cfg.pop(key) for key in ("timesteps", "distill")}
+    shared = {key: cfg["objective"][key] for key in _LOSS}
     loss = typed(LossSettings, {**shared, "seed": cfg["seed"]}, "objective")
-    objective = get_objective(objective_cfg.pop("name"), **objective_cfg)
+    objective = build_objective(cfg)
     torch.manual_seed(cfg["seed"])
     transformer = build_transformer(cfg, data)
     method = build_method(cfg, transformer, budget)
     teacher = dense_copy(transformer) if loss.distill else None
     surgery.apply_(transformer, method, seed=cfg["seed"])
-    backbone = backbone_of(transformer)
-    run = backbone.default_run(transformer, budget.steps, "cfg" if budget.guidance else "none")
+    run = budget_run(transformer, budget)
     schedule = getattr(method, "schedule", None)
     if isinstance(schedule, KeepSchedule):
         run = schedule.run

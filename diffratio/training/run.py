@@ -119,11 +119,15 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     return plain  # type: ignore[return-value]
 
 
-def check(cfg: DictConfig) -> dict[str, Any]:
-    """Validates an experiment without weights or training.
+def check(cfg: DictConfig, sensitivity: str | None = None) -> dict[str, Any]:
+    """Validates an experiment without training, and without weights where no sensitivity map is given.
+
+    Args:
+        cfg: composed `train` config.
+        sensitivity: a map that `diffratio measure` wrote: what the budget will cost in quality, before any training.
 
     Returns:
-        The reachable budgets, MACs by bin, parameters and a memory estimate in MiB.
+        The reachable budgets, MACs by bin, parameters, a memory estimate in MiB and predicted errors.
     """
     import torch
 
@@ -131,7 +135,8 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     from diffratio.cost.macs import macs_table
     from diffratio.methods.base import get_method
     from diffratio.routing.schedule import constant_table
-    from diffratio.training.build import build_data, build_method, build_transformer, typed
+    from diffratio.training.build import budget_run, build_data, build_method, build_transformer, typed
+    from diffratio.training.schedules import predicted_errors
     from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
 
     plain = plain_config(cfg)
@@ -144,7 +149,7 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     backbone = backbone_of(transformer)
     method = build_method(plain, transformer, budget)
     description = backbone.describe(transformer)
-    run = backbone.default_run(transformer, budget.steps, "cfg" if budget.guidance else "none")
+    run = budget_run(transformer, budget)
     costs = macs_table(description, run)
     lowest = costs.fraction(constant_table(description.layers, 1, 1))
     if get_method(method.method.name).learned and budget.target < lowest:
@@ -154,6 +159,10 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     # weights, gradients, two Adam moments and the average in fp32; about 34 channels' worth of activations a block
     state = parameters * 4 * 5
     activations = batch * tokens * description.width * 34 * description.layers * 2
+    predicted = {}
+    if sensitivity:
+        weights = build_transformer(plain, data)
+        predicted = {"predicted_error": predicted_errors(sensitivity, method, weights, run, budget.target)}
     return {
         "experiment": plain["name"],
         "method": method.method.name,
@@ -167,7 +176,48 @@ def check(cfg: DictConfig) -> dict[str, Any]:
             "block_by_bin": [int(value) for value in costs.cells[0]],
         },
         "memory_mib": {"state": round(state / 2**20), "activations": round(activations / 2**20)},
+        **predicted,
     }
+
+
+def measure(cfg: DictConfig, out: str, settings: Any) -> dict[str, Any]:
+    """Measures the dense model of an experiment and writes its sensitivity map.
+
+    Args:
+        cfg: composed `train` config; backbone, data, objective, run and seed of it are used.
+        out: file to write.
+        settings: a `sensitivity.MeasureSettings`.
+
+    Returns:
+        The file, what it holds, and the schedule and predicted error at a few budgets.
+    """
+    import sys
+
+    from diffratio.sensitivity import measure_sensitivity, save_sensitivity
+    from diffratio.training.build import budget_run, build_data, build_objective, build_transformer, typed
+    from diffratio.training.schedules import along
+    from diffratio.training.settings import BudgetSettings
+
+    if Path(out).suffix != ".safetensors":
+        raise DiffratioError(f"--out {out!r}: give a name that ends in .safetensors")
+    writable_folder(Path(out).parent)
+    plain = plain_config(cfg)
+    data = build_data(plain)
+    objective = build_objective(plain)
+    budget = typed(BudgetSettings, plain["budget"], "budget")
+    transformer = build_transformer(plain, data)
+    started = time.perf_counter()
+    found = measure_sensitivity(
+        transformer,
+        *data.reference(settings.n),
+        objective,
+        budget_run(transformer, budget),
+        settings,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    save_sensitivity(out, found)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"out": out, "n": found.n, "ranking": found.ranking, "seconds": seconds, **along(found, transformer)}
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:

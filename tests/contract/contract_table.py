@@ -14,12 +14,14 @@ import diffratio
 from diffratio.backbones import get_backbone
 from diffratio.cost.run import Halves, SamplingRun, uniform_run
 from diffratio.methods import MethodConfig
+from diffratio.methods.fixed import TRAINING_FREE
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.surgery import attachment, is_applied
 from diffratio.tokens.grid import TokenGrid
 
 GRID = TokenGrid(4, 4)
 RUN = uniform_run(8, GRID)
+BYPASSING = ((10, 3, 0, 5), (4, 10, 2, 0), (0, 1, 10, 8))
 MIXED = ((10, 3, 7, 5), (4, 10, 2, 9), (6, 1, 10, 8))
 LEVELS = (0.05, 0.3, 0.55, 0.8, 0.95)  # regions 0, 1, 2, 3, 3 of four
 
@@ -75,6 +77,24 @@ ROWS = [
     Row("dense", "dense", diffratio.Dense, diffratio.Dense),
     Row("mod", "mod", lambda: diffratio.MoD(keep=0.55), lambda: diffratio.MoD(keep=1.0), trains=True),
     Row("hand", "hand", lambda: diffratio.Hand(keep=0.4), lambda: diffratio.Hand(keep=1.0), trains=True),
+    Row(
+        "measured",
+        "measured",
+        lambda: diffratio.Measured(_schedule(BYPASSING)),
+        lambda: diffratio.Measured(_schedule(((10,) * 4,) * 3)),
+        trains=True,
+    ),
+    *(
+        Row(
+            f"measured {ranking}",
+            "measured",
+            lambda ranking=ranking: diffratio.Measured(_schedule(MIXED), ranking),
+            lambda ranking=ranking: diffratio.Measured(_schedule(((10,) * 4,) * 3), ranking),
+        )
+        for ranking in TRAINING_FREE
+    ),
+    Row("block_drop", "block_drop", lambda: diffratio.BlockDrop(blocks=(1,)), diffratio.BlockDrop),
+    Row("random_keep", "random_keep", lambda: diffratio.RandomKeep(keep=0.55), diffratio.RandomKeep),
     Row(
         "diffcr schedule",
         "diffcr",

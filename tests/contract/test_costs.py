@@ -25,6 +25,7 @@ from diffratio.backbones import get_backbone
 from diffratio.cost.run import SamplingRun, uniform_run
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.methods import MethodConfig, get_method, methods
+from diffratio.methods.routed import RoutedMethod
 from diffratio.surgery import attachment, describe
 from diffratio.tokens.grid import TokenGrid
 
@@ -60,8 +61,8 @@ def test_analytic_macs_are_the_counted_macs(row: Row, backbone: str) -> None:
     transformer = applied(row, backbone)
     run = attachment(transformer).adapt(RUN)
     cost = diffratio.macs(transformer, run=RUN)
-    # a router is a matrix-vector product, which the counter leaves out; a matching is a matrix product
-    uncounted = cost.planning if row.trains else 0
+    # ranking is a matrix-vector product or less, which the counter leaves out; a matching is a matrix product
+    uncounted = cost.planning if isinstance(attachment(transformer).token_method, RoutedMethod) else 0
     count = counted_by_half if row.halves else counted
     assert count(transformer, run) == pytest.approx(cost.total - uncounted, rel=1e-3)
     assert cost.dense == diffratio.macs(transformer_of(backbone), run=RUN).total
@@ -107,7 +108,7 @@ def test_methods_that_compose_cost_both() -> None:
 
 
 GRID8 = TokenGrid(8, 8)
-KNOBS = [name for name in methods() if name not in ("dense", "diffcr")]
+KNOBS = [name for name in methods() if name not in ("dense", "diffcr", "measured")]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_for_budget_lands_or_says_what_is_reachable(
         config = diffratio.for_budget(name, medium, budget, run=run)
     except BudgetUnreachable as error:
         low, high = error.reachable
-        assert name not in ("mod", "hand")
+        assert name not in ("mod", "hand", "random_keep", "block_drop")
         assert f"{budget:g}" in str(error)
         assert 0 < low <= high
         if low <= budget <= high:  # inside: only whole steps, too coarse
@@ -152,7 +153,7 @@ def test_a_budget_of_one_is_dense(medium: torch.nn.Module, name: str) -> None:
     assert _fraction(medium, diffratio.for_budget(name, medium, 1.0, run=run), run) == 1.0
 
 
-@pytest.mark.parametrize("name", ["mod", "hand", "tome", "tofu", "sdtm", "importance"])
+@pytest.mark.parametrize("name", ["mod", "hand", "tome", "tofu", "sdtm", "importance", "random_keep", "block_drop"])
 def test_the_solved_config_is_what_runs(medium: torch.nn.Module, name: str) -> None:
     run = uniform_run(4, GRID8)
     config = diffratio.for_budget(name, medium, 0.7, run=run)

@@ -1,0 +1,139 @@
+"""Resumes a transformer's forward from a stored block input with one cell changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffratio.cost.macs import Description
+from diffratio.cost.run import StepContext
+from diffratio.methods.base import BlockCall, Method
+from diffratio.methods.fixed import FixedConfig, FixedMethod
+from diffratio.surgery import apply_, attachment, remove_
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Fixed samples of one region.
+
+    Args:
+        inputs: noised images (B, C, H, W).
+        timestep: the model's timestep input (B,).
+        labels: class labels (B,).
+    """
+
+    inputs: Tensor
+    timestep: Tensor
+    labels: Tensor
+
+
+class Network(Protocol):
+    """What a map is measured on: blocks in a row, each at some bin."""
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks L."""
+        ...
+
+    def trace(self, batch: Batch, bins: Sequence[int]) -> Tensor:
+        """Runs one bin for each block, keeps every block's input and returns the output (B, ...)."""
+        ...
+
+    def resume(self, layer: int, bin_: int) -> Tensor:
+        """The output of the last trace with one block at another bin, run from that block's stored input on."""
+        ...
+
+
+@dataclass(frozen=True)
+class _ProbeConfig(FixedConfig):
+    @property
+    def method(self) -> type[Method]:
+        """Not in the registry: it is no method to choose."""
+        return _ProbeMethod
+
+
+class _ProbeMethod(FixedMethod):
+    """Runs given bins whatever the region, and skips to a stored block input."""
+
+    name = "sensitivity probe"
+    config_class = _ProbeConfig
+    learned = False
+    column: tuple[int, ...] = ()
+    start: int | None = None
+    changed = 10
+
+    def __init__(self, config: _ProbeConfig, description: Description) -> None:
+        super().__init__(config, description)
+        self.stored: list[Tensor] = []
+
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+        """Stores inputs in a trace; in a resumed forward the blocks before the changed one cost nothing."""
+        if self.start is None:
+            self.stored.append(call.x)
+            return self.run_bin(layer, call, self.column[layer])
+        if layer < self.start:
+            return self.stored[self.start]
+        return self.run_bin(layer, call, self.changed if layer == self.start else self.column[layer])
+
+
+class TransformerNetwork:
+    """A dense transformer as a network of cells; made by `probed`."""
+
+    def __init__(self, transformer: nn.Module, channels: int) -> None:
+        method = attachment(transformer).token_method
+        assert isinstance(method, _ProbeMethod)
+        self.transformer, self.channels, self.method = transformer, channels, method
+        self.batch: Batch | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks L."""
+        return self.method.description.layers
+
+    @torch.no_grad()
+    def trace(self, batch: Batch, bins: Sequence[int]) -> Tensor:
+        """The output (B, C, H, W) at one bin a block."""
+        self.batch, self.method.column, self.method.start = batch, tuple(bins), None
+        self.method.stored = []
+        return self._forward()
+
+    @torch.no_grad()
+    def resume(self, layer: int, bin_: int) -> Tensor:
+        """The output with one block changed."""
+        self.method.start, self.method.changed = layer, bin_
+        return self._forward()
+
+    def _forward(self) -> Tensor:
+        assert self.batch is not None
+        output = self.transformer(
+            self.batch.inputs, timestep=self.batch.timestep, class_labels=self.batch.labels, return_dict=False
+        )[0]
+        return output[:, : self.channels].float()  # learned variance is left out
+
+
+@contextlib.contextmanager
+def probed(transformer: nn.Module, ranking: str, seed: int = 0) -> Iterator[TransformerNetwork]:
+    """The transformer as a network of cells; it is put back afterwards, exactly.
+
+    Args:
+        transformer: dense, nothing applied.
+        ranking: training-free ranking of the tokens; see `methods.fixed.RANKINGS`.
+        seed: of random rankings.
+
+    Raises:
+        DiffratioError: something is applied to it.
+    """
+    was = transformer.training
+    apply_(transformer, _ProbeConfig(ranking=ranking), seed=seed)
+    try:
+        transformer.eval()
+        channels = transformer.config.in_channels  # type: ignore[union-attr]
+        yield TransformerNetwork(transformer, channels)  # type: ignore[arg-type]
+    finally:
+        remove_(transformer)
+        transformer.train(was)

@@ -1,0 +1,128 @@
+"""Where a training job's fixed schedule comes from, and what a sensitivity map says about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffratio.backbones import backbone_of
+from diffratio.checkpoint import checkpoints_root
+from diffratio.cost.macs import macs_table
+from diffratio.cost.run import SamplingRun
+from diffratio.errors import BudgetUnreachable, DiffratioError
+from diffratio.files import read_json
+from diffratio.methods.base import MethodConfig, config_to_json, get_method
+from diffratio.methods.block_drop import BlockDropMethod
+from diffratio.methods.routed import RoutedConfig
+from diffratio.sensitivity import Sensitivity, load_sensitivity
+
+MAPS = "maps"  # folder of the maps that ship, beside the checkpoints that they were measured on
+_RULES = ("mod", "hand")
+
+
+def find_map(name: str) -> str:
+    """A map's file: itself, or that of a checkpoint which ships with one."""
+    root = checkpoints_root()
+    shipped = root / MAPS / f"{name}.safetensors" if root is not None and "/" not in name else None
+    return str(shipped) if shipped is not None and shipped.is_file() and not Path(name).is_file() else name
+
+
+def read_schedule(name: str, method: str, transformer: nn.Module, run: SamplingRun, budget: float) -> dict[str, Any]:
+    """Values of a method's config from `method.schedule=NAME`.
+
+    Args:
+        name: a keep schedule or routing.json (JSON), a sensitivity map, or a checkpoint that ships with a map.
+        method: registered name; `block_drop` takes the map's order of blocks, every other one its schedule.
+        transformer: dense; on the meta device its weights are not compared with the map's.
+        run: the run that the budget counts.
+        budget: fraction of its dense MACs, for which a map is solved.
+
+    Raises:
+        DiffratioError: no such file, or a map of another run or other weights.
+        BudgetUnreachable: the map's path does not go that low.
+    """
+    path = find_map(name)
+    if not path.endswith(".safetensors"):
+        if not Path(path).is_file():
+            raise DiffratioError(
+                f"method.schedule: no file {name!r} and no checkpoint of that name ships with a sensitivity map; give "
+                "a keep schedule (.json), or `diffratio measure EXPERIMENT --out FILE.safetensors`"
+            )
+        document = read_json(path, "method.schedule")
+        return {"schedule": document.get("method", document).get("schedule", document)}
+    found = _required(path, transformer, run)
+    description = backbone_of(transformer).describe(transformer)
+    if method == "block_drop":
+        solved = config_to_json(BlockDropMethod.for_budget(description, run, budget, found.block_order()))
+        return {key: value for key, value in solved.items() if key != "name"}
+    return {"schedule": found.schedule(description, budget)}
+
+
+def _required(path: str, transformer: nn.Module, run: SamplingRun) -> Sensitivity:
+    found = load_sensitivity(path)
+    on_meta = next(transformer.parameters()).is_meta
+    try:
+        return found.require(run, None if on_meta else transformer)
+    except DiffratioError as error:
+        raise DiffratioError(f"{path!r}: {error}") from None
+
+
+def predicted_errors(
+    name: str, method: MethodConfig, transformer: nn.Module, run: SamplingRun, budget: float
+) -> dict[str, Any]:
+    """Untrained output errors that a map predicts at a budget: the experiment's own schedule among those of the rules.
+
+    Args:
+        name: a sensitivity map, or a checkpoint that ships with one.
+        method: the experiment's config.
+        transformer: dense, with weights.
+        run: the run that the budget counts.
+        budget: fraction of its dense MACs.
+
+    Returns:
+        Predicted mean square error of the output, summed over regions with the map's weights, by schedule; None where
+        it cannot be had.
+    """
+    found = _required(find_map(name), transformer, run)
+    description = backbone_of(transformer).describe(transformer)
+    order = found.block_order()
+    tables: dict[str, Any] = {}
+    for rule in _RULES:
+        tables[rule] = _attempt(lambda rule=rule: get_method(rule).for_budget(description, run, budget).schedule.bins)
+    tables["block_drop"] = _attempt(
+        lambda: BlockDropMethod.for_budget(description, run, budget, order).table(description.layers)
+    )
+    tables["measured"] = _attempt(lambda: found.schedule(description, budget).bins)
+    errors = {rule: None if table is None else found.error(table) for rule, table in tables.items()}
+    own = None
+    if isinstance(method, RoutedConfig) and method.schedule is not None:
+        own = found.error(method.schedule.bins)
+    return {"this_schedule": own, **errors, "ranking": found.ranking, "block_order": list(order)}
+
+
+def _attempt(solve: Any) -> Any:
+    try:
+        return solve()
+    except BudgetUnreachable:
+        return None
+
+
+def along(found: Sensitivity, transformer: nn.Module) -> dict[str, Any]:
+    """Predicted errors on a map's path at round budgets, and the order in which blocks are dropped."""
+    description = backbone_of(transformer).describe(transformer)
+    costs = macs_table(description, found.run)
+    lowest = min(costs.fraction(table) for table in found.path.tables())
+    errors = {}
+    for twentieth in range(19, 1, -1):
+        if twentieth / 20 >= lowest:
+            errors[f"{twentieth / 20:g}"] = _attempt(
+                lambda twentieth=twentieth: found.predicted(description, twentieth / 20)
+            )
+    return {
+        "predicted_error": errors,
+        "lowest_budget": lowest,
+        "region_weights": found.model.weights.tolist(),
+        "block_order": list(found.block_order()),
+    }
