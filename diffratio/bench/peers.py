@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -137,10 +138,13 @@ def _cost(
 
 
 def _tome_knobs(description: Description, run: SamplingRun, budget: float) -> list[Any]:
-    """tomesd has the knobs of our `tome`: the same budget is solved by the same table."""
+    """tomesd has the knobs of our `tome` but `mix`: the same budget is solved by the same table, rounded up."""
     from diffratio.methods.tome import ToMeMethod
 
-    return [ToMeMethod.for_budget(description, run, budget)]
+    config, tokens = ToMeMethod.for_budget(description, run, budget), run.grid.tokens
+    if config.mix:
+        config = replace(config, mix=False, ratio=math.ceil(config.ratio * tokens - 1e-9) / tokens)
+    return [config]
 
 
 def _tome_planning(description: Description, run: SamplingRun, config: Any) -> float:

@@ -84,7 +84,7 @@ def test_training_times_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
         start, learning = by[f"diffcr {name}, start"], by[f"diffcr {name}, on target"]
         whole, frozen = by[f"diffcr {name}, whole run"], by["diffcr, frozen"]
         parts = (start["time_fraction"], learning["time_fraction"], frozen["time_fraction"])
-        assert whole["time_fraction"] == pytest.approx(0.15 * parts[0] + 0.35 * parts[1] + 0.5 * parts[2])
+        assert whole["time_fraction"] == pytest.approx(0.15 * parts[0] + 0.25 * parts[1] + 0.6 * parts[2])
         assert whole["status"] == "derived"
     assert 0.79 <= by["diffcr, frozen"]["macs_fraction"] <= 0.8
     assert all(row["efficiency"] is None for row in found["rows"])

@@ -78,10 +78,11 @@ def test_peers_that_do_not_attach_say_so(name: str, transformer: Any) -> None:
 def test_tomesd_costs_what_our_merging_costs(transformer: Any) -> None:
     pytest.importorskip("tomesd")
     run = run_of(transformer)
-    ours = surgery.for_budget("tome", transformer, 0.8, run=run)
-    cost = ours.method(ours, surgery.describe(transformer)).macs(run)
     found = fitted("tomesd", transformer)
-    assert found.knob == ours
+    ours = found.knob
+    assert not ours.mix  # tomesd removes equally many tokens everywhere
+    cost = ours.method(ours, surgery.describe(transformer)).macs(run)
+    assert 0.75 < cost.fraction <= 0.8
     assert found.macs == pytest.approx(cost.fraction, abs=1e-12) and cost.planning > 0
 
 

@@ -129,6 +129,7 @@ def test_costs_sampler_and_archive(
 
 
 def test_a_logger_gets_figures_and_grids(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="an extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     compare(checkpoints, tmp_path, logger={"name": "tensorboard"})
