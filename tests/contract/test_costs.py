@@ -17,11 +17,10 @@ from contract_table import (
     pairs_halves,
     transformer_of,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffratio
 from diffratio.backbones import get_backbone
+from diffratio.cost.count import count_macs
 from diffratio.cost.run import SamplingRun, uniform_run
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.methods import MethodConfig, get_method, methods
@@ -39,10 +38,8 @@ def counted(transformer: torch.nn.Module, run: SamplingRun, steps: list[int] | N
         if steps is not None and step not in steps:
             continue
         in_run(transformer, run, step)
-        # attention as two matrix products: the counter knows no fused CPU kernel
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            forward(transformer, inputs((level,)))
-        total += (1 if pairs_halves(transformer) else run.halves) * counter.get_total_flops() // 2
+        once = count_macs(transformer, lambda level=level: forward(transformer, inputs((level,))))
+        total += (1 if pairs_halves(transformer) else run.halves) * once
     return total
 
 
@@ -87,9 +84,8 @@ def test_dense_macs_follow_the_configuration(changes: dict) -> None:
         "timestep": torch.tensor([500.0]),
         "class_labels": torch.tensor([1]),
     }
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward(transformer, batch)
-    assert counter.get_total_flops() // 2 == diffratio.macs(transformer, steps=1, guidance=False).total
+    count = count_macs(transformer, lambda: forward(transformer, batch))
+    assert count == diffratio.macs(transformer, steps=1, guidance=False).total
 
 
 def test_linear_only_leaves_the_pairs_out() -> None:
@@ -162,9 +158,9 @@ def test_the_solved_config_is_what_runs(medium: torch.nn.Module, name: str) -> N
     total = 0
     for step, level in enumerate(run.noise_levels):
         in_run(twin, run, step)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            forward(twin, inputs((level,)) | {"hidden_states": torch.randn(1, 1, 16, 16)})
-        total += (1 if pairs_halves(twin) else run.halves) * counter.get_total_flops() // 2
+        batch = inputs((level,)) | {"hidden_states": torch.randn(1, 1, 16, 16)}
+        once = count_macs(twin, lambda batch=batch: forward(twin, batch))
+        total += (1 if pairs_halves(twin) else run.halves) * once
     cost = diffratio.macs(twin, run=run)
     assert total == pytest.approx(cost.total - (cost.planning if get_method(name).learned else 0), rel=1e-3)
 

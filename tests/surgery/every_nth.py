@@ -11,6 +11,7 @@ from torch import Tensor
 
 import diffratio
 from diffratio.backbones import get_backbone
+from diffratio.cost.count import count_macs
 from diffratio.cost.run import SamplingRun
 from diffratio.methods import Method, MethodConfig
 from diffratio.methods.actions import Reuse, Skip, StepAction
@@ -79,9 +80,4 @@ def run_of(pipe: Any, steps: int = 6) -> SamplingRun:
 
 def counted(pipe: Any, steps: int = 6) -> int:
     """MACs of matrix products in a whole guided generation, per sample."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        images(pipe, steps)
-    return counter.get_total_flops() // 2 // len(NOISE)
+    return count_macs(pipe.transformer, lambda: images(pipe, steps)) // len(NOISE)

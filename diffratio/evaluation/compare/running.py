@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffratio.errors import DiffratioError
@@ -22,6 +20,7 @@ from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm
 from diffratio.evaluation.compare.tracking import check_logger, track
 from diffratio.evaluation.features import Lite0Features
 from diffratio.evaluation.records import Record
+from diffratio.evaluation.reference import content_hash
 from diffratio.evaluation.report import write_report
 from diffratio.sampling.generate import generate, initial_noise
 from diffratio.sampling.processes import Team
@@ -264,11 +263,11 @@ def define(
         "guidance_scale": float(settings.guidance_scale),
         "sampler": [sampler, {key: _plain(value) for key, value in sampler_settings.items()}],
         "token_grid": [grid.height, grid.width],
-        "noise": _digest(initial_noise(0, [0, 1], (1, 4, 4))),
+        "noise": content_hash(initial_noise(0, [0, 1], (1, 4, 4))),
         "extractor": extractor,
         "data": data.get("name") or data.get("source"),
         "reference_n": settings.reference_n,
-        "reference": _digest(*held_out(settings.reference_n)),
+        "reference": [content_hash(one) for one in held_out(settings.reference_n)],
         "validation_n": settings.validation_n,
         "metrics": list(settings.metrics),
         "train_n": settings.train_n,
@@ -276,13 +275,6 @@ def define(
         "latency_repeats": settings.latency_repeats,
         "latency_modes": list(settings.latency_modes),
     }
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().to(torch.float32).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:
