@@ -241,6 +241,18 @@ def _hooked(apply: str, config: Callable[[Any, SamplingRun, Any, Any], Any]) -> 
     return attach
 
 
+def _attention_skips(apply: str, config: str) -> Callable[..., Around]:
+    """A cache that leaves self-attention out for the knob's number of steps, in all of the run."""
+    return _hooked(
+        apply,
+        lambda hooks, run, knob, _: getattr(hooks, config)(
+            spatial_attention_block_skip_range=knob,
+            spatial_attention_timestep_skip_range=(0, 1000),
+            current_timestep_callback=lambda: 500,
+        ),
+    )
+
+
 THRESHOLDS = (*(0.002 * 1.4**i for i in range(24)), 1e6)
 SKIPS = (2, 3, 4, 5, 8)
 
@@ -265,26 +277,12 @@ PEERS: dict[str, Peer] = {
     ),
     "pyramid_attention_broadcast": Peer(
         "diffusers",
-        _hooked(
-            "apply_pyramid_attention_broadcast",
-            lambda hooks, run, knob, _: hooks.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=knob,
-                spatial_attention_timestep_skip_range=(0, 1000),
-                current_timestep_callback=lambda: 500,
-            ),
-        ),
+        _attention_skips("apply_pyramid_attention_broadcast", "PyramidAttentionBroadcastConfig"),
         SKIPS,
     ),
     "faster_cache": Peer(
         "diffusers",
-        _hooked(
-            "apply_faster_cache",
-            lambda hooks, run, knob, _: hooks.FasterCacheConfig(
-                spatial_attention_block_skip_range=knob,
-                spatial_attention_timestep_skip_range=(0, 1000),
-                current_timestep_callback=lambda: 500,
-            ),
-        ),
+        _attention_skips("apply_faster_cache", "FasterCacheConfig"),
         SKIPS,
     ),
     "taylorseer_cache": Peer(
