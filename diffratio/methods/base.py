@@ -313,11 +313,11 @@ def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
     """
     values = dict(document)
     cls = get_method(values.pop("name", "")).config_class
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
             raise unknown(f"key of method {document['name']!r}", key, fields)
-        if key == "schedule" and isinstance(value, Mapping):
+        if "KeepSchedule" in fields[key] and isinstance(value, Mapping):
             values[key] = KeepSchedule.from_json(value)
         elif isinstance(value, list):
             values[key] = tuple(value)

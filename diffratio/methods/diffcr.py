@@ -28,16 +28,23 @@ class DiffCR(RoutedConfig):
         regions: noise-level regions R; 1 learns one ratio a layer. A schedule brings its own.
         estimator: how a batch is run while ratios are learned. `grouped`: samples with the same two bins run together,
             exact. `loop`: one sample at a time, the oracle of the tests.
+        start: a schedule at whose bins the ratios start, instead of at 1 everywhere; it brings its own regions. From
+            there they are learned, where `schedule` fixes them.
     """
 
     regions: int = 4
     estimator: str = "grouped"
+    start: KeepSchedule | None = None
 
     def __post_init__(self) -> None:
         if type(self.regions) is not int or not 1 <= self.regions <= 1000:
             raise DiffratioError(f"diffcr: regions {self.regions!r} must be an integer in 1..1000")
         if self.estimator not in ESTIMATORS:
             raise unknown("diffcr estimator", self.estimator, ESTIMATORS)
+        if self.schedule is not None and self.start is not None:
+            raise DiffratioError(
+                "diffcr: schedule fixes the keep ratios and start learns on from one; give one of them"
+            )
 
     def preset(self, layers: int) -> Table:
         """Ten everywhere: the dense model."""
@@ -57,10 +64,16 @@ class DiffCRMethod(RoutedMethod):
 
     def __init__(self, config: DiffCR, description: Description) -> None:
         super().__init__(config, description)
-        self.ratios = None if config.schedule else KeepRatios(description.layers, config.regions)
+        self.ratios = None if config.schedule else self._first_ratios(config, description.layers)
         self.interpolate_in_eval = False
         self.interpolating = False
         self.brackets: list[list[Bracket]] = []
+
+    def _first_ratios(self, config: DiffCR, layers: int) -> KeepRatios:
+        if config.start is None:
+            return KeepRatios(layers, config.regions)
+        self.bins = RoutedConfig(config.start).table(layers)
+        return KeepRatios.at(self.bins)
 
     def root_modules(self) -> dict[str, nn.Module]:
         """The ratios, until they are frozen."""
@@ -68,7 +81,7 @@ class DiffCRMethod(RoutedMethod):
 
     def freeze_(self, schedule: KeepSchedule) -> None:
         """From now on the schedule is fixed: the ratios are gone, routers and weights can go on learning."""
-        self.config = replace(self.config, schedule=schedule)
+        self.config = replace(self.config, schedule=schedule, start=None)
         self.bins, self.alignment, self.ratios = self.config.table(self.description.layers), schedule.alignment, None
         self.interpolating = False
 

@@ -53,6 +53,14 @@ class KeepRatios(nn.Module):
         super().__init__()
         self.rho = nn.Parameter(torch.ones(layers, regions))
 
+    @classmethod
+    def at(cls, bins: Sequence[Sequence[int]]) -> KeepRatios:
+        """Ratios that start on bins [layer][region]; below 0.1 there is no ratio, so bypassed cells start at 0.1."""
+        ratios = cls(len(bins), len(bins[0]))
+        with torch.no_grad():
+            ratios.rho.copy_((torch.tensor(bins) / 10).clamp(min=LOWEST))
+        return ratios
+
     def table(self) -> list[list[float]]:
         """The ratios as Python numbers [layer][region]; one host synchronisation on a GPU."""
         return self.rho.detach().double().tolist()

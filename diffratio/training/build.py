@@ -115,8 +115,10 @@ def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) ->
         trainable = ", ".join(["dense", *(one for one in methods() if get_method(one).learned)])
         raise DiffratioError(f"method {name!r} is training-free; train takes {trainable}, compare takes every method")
     run = budget_run(transformer, budget)
-    if isinstance(values.get("schedule"), str):
-        values |= read_schedule(values["schedule"], name, transformer, run, budget.target)
+    for key in ("schedule", "start"):
+        if isinstance(values.get(key), str):
+            found = read_schedule(values[key], name, transformer, run, budget.target, key)
+            values |= {key if one == "schedule" else one: value for one, value in found.items()}
     given = {key: value for key, value in values.items() if value is not None}
     if cls.learned and name != "diffcr" and given.keys() <= {"name", "ranking"}:
         config = cls.for_budget(backbone_of(transformer).describe(transformer), run, budget.target)

@@ -61,6 +61,7 @@ class Training(LightningModule):
         self.costs: CostTable = macs_table(self.method.description, run)
         self.keep_ratios = self.method.ratios if isinstance(self.method, DiffCRMethod) else None
         self.projection = BudgetProjection(self.costs)
+        self.begin = self.projection.fraction(self.keep_ratios) if self.keep_ratios is not None else 1.0
         shape = self.keep_ratios.rho.shape if self.keep_ratios is not None else (1, 1)
         self.register_buffer("harm", torch.zeros(shape))
         self.harm: Tensor
@@ -214,7 +215,7 @@ class Training(LightningModule):
         # Lightning counts the step after this hook
         step = self.trainer.global_step + 1
         progress = step / max(1, self.trainer.max_steps)
-        reached = self.projection.project_(self.keep_ratios, self.budget.at(progress))
+        reached = self.projection.project_(self.keep_ratios, self.budget.at(progress, self.begin))
         self.log("ratios/budget", reached, prog_bar=True)
         self.log("ratios/mean", self.keep_ratios.rho.detach().mean())
         if progress >= self.budget.freeze:

@@ -29,7 +29,9 @@ def find_map(name: str) -> str:
     return str(shipped) if shipped is not None and shipped.is_file() and not Path(name).is_file() else name
 
 
-def read_schedule(name: str, method: str, transformer: nn.Module, run: SamplingRun, budget: float) -> dict[str, Any]:
+def read_schedule(
+    name: str, method: str, transformer: nn.Module, run: SamplingRun, budget: float, key: str = "schedule"
+) -> dict[str, Any]:
     """Values of a method's config from `method.schedule=NAME`.
 
     Args:
@@ -38,6 +40,7 @@ def read_schedule(name: str, method: str, transformer: nn.Module, run: SamplingR
         transformer: dense; on the meta device its weights are not compared with the map's.
         run: the run that the budget counts.
         budget: fraction of its dense MACs, for which a map is solved.
+        key: of the method's config that names it, for messages.
 
     Raises:
         DiffratioError: no such file, or a map of another run or other weights.
@@ -47,10 +50,10 @@ def read_schedule(name: str, method: str, transformer: nn.Module, run: SamplingR
     if not path.endswith(".safetensors"):
         if not Path(path).is_file():
             raise DiffratioError(
-                f"method.schedule: no file {name!r} and no checkpoint of that name ships with a sensitivity map; give "
+                f"method.{key}: no file {name!r} and no checkpoint of that name ships with a sensitivity map; give "
                 "a keep schedule (.json), or `diffratio measure EXPERIMENT --out FILE.safetensors`"
             )
-        document = read_json(path, "method.schedule")
+        document = read_json(path, f"method.{key}")
         return {"schedule": document.get("method", document).get("schedule", document)}
     found = _required(path, transformer, run)
     description = backbone_of(transformer).describe(transformer)

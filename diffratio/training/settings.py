@@ -20,7 +20,7 @@ class BudgetSettings:
         target: fraction of the dense run's MACs; lower keeps fewer tokens.
         steps: sampling steps of the run that the budget refers to.
         guidance: whether that run has both guidance halves.
-        anneal: fraction of the training steps over which the target falls from 1.
+        anneal: fraction of the training steps over which the target falls from 1, or from what the ratios start at.
         freeze: fraction of the training steps after which the ratios are rounded and fixed.
         weighting: how much the loss in a region weighs for the ratios: `run`, by the run's steps in it, as its cost
             does; `density`, by how often training visits it, as published.
@@ -50,11 +50,16 @@ class BudgetSettings:
         if self.freeze < self.anneal:
             raise DiffratioError(f"budget.freeze ({self.freeze}) lies before budget.anneal ({self.anneal})")
 
-    def at(self, fraction: float) -> float:
-        """The target at a fraction of the training."""
+    def at(self, fraction: float, begin: float = 1.0) -> float:
+        """The target at a fraction of the training.
+
+        Args:
+            fraction: of the steps, 0 at the start.
+            begin: MACs fraction that the ratios cost at the start.
+        """
         if self.anneal == 0:
             return self.target
-        return 1 - (1 - self.target) * min(1.0, fraction / self.anneal)
+        return begin - (begin - self.target) * min(1.0, fraction / self.anneal)
 
 
 @dataclass(frozen=True)

@@ -303,3 +303,34 @@ def test_other_loggers(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert train_tiny(data, tmp_path / "run", f"logger={logger}", *SHORT)["steps"] == 2
     pattern = {"tensorboard": "run/logs/**/events.*", "wandb": "**/offline-run-*"}[logger]
     assert list(tmp_path.glob(pattern))
+
+
+def test_ratios_start_at_a_schedule_and_are_learned_on(data: Path, tmp_path: Path, modules: list[Any]) -> None:
+    run = ["trainer.max_steps=4", "budget.anneal=0.5"]
+    train_tiny(data, tmp_path / "hand", "method=hand", "trainer.max_steps=1")
+    given = tmp_path / "hand" / "export" / "routing.json"
+    start = json.loads((tmp_path / "hand" / "result.json").read_text())
+    result = train_tiny(data, tmp_path / "on", f"method.start={given}", *run)
+    assert len(start["schedule"][0]) == len(result["schedule"][0]) and 0.79 <= result["macs_fraction"] <= 0.8
+    # the target falls from what the start costs, not from the dense model
+    reached = column(tmp_path / "on", "ratios/budget")
+    assert reached[0] == pytest.approx((start["macs_fraction"] + 0.8) / 2, abs=1e-5)
+    rows = rows_of(tmp_path / "on" / "ratios.csv")
+    regions = len(start["schedule"][0])
+    first = [[float(row[f"region{region}"]) for region in range(regions)] for row in rows[:3]]
+    assert first != [[bin_ / 10 for bin_ in row] for row in start["schedule"]]  # learned
+    distance = torch.tensor(first) - torch.tensor(start["schedule"]).clamp(min=1) / 10
+    assert distance.abs().max() < 0.2  # two steps at 0.05 and the projection away
+    config = load_transformer(tmp_path / "on" / "export")
+    method = diffratio.surgery.attachment(config).token_method
+    assert method.config.start is None and method.config.schedule.regions == regions
+
+
+def test_a_start_is_refused_beside_a_schedule(data: Path, tmp_path: Path) -> None:
+    train_tiny(data, tmp_path / "mod", "method=mod", "trainer.max_steps=1")
+    given = tmp_path / "mod" / "export" / "routing.json"
+    with pytest.raises(DiffratioError, match="schedule fixes the keep ratios and start learns on"):
+        train_tiny(data, tmp_path / "run", f"method.start={given}", f"method.schedule={given}")
+    with pytest.raises(DiffratioError, match="method.start: no file 'nowhere'"):
+        train_tiny(data, tmp_path / "run", "method.start=nowhere")
+    assert not (tmp_path / "run").exists()
