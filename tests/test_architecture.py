@@ -21,7 +21,7 @@ _BASE = {"tokens", "cost"}
 _MODELS = _BASE | {"routing", "methods", "backbones"}
 _SURGERY = _MODELS | {"surgery"}
 _SAMPLING = _SURGERY | {"sampling", "checkpoint"}
-_SENSITIVITY = _SURGERY | {"objectives", "sampling"}
+_SENSITIVITY = _SAMPLING | {"objectives"}
 # room -> rooms it may import, each also what stands before it there
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": _SURGERY | {"sampling"},
     "sensitivity": _SENSITIVITY,
     "search": _SAMPLING,
-    "evaluation": _SAMPLING | {"objectives"},  # the paired validation loss is the objective's own
+    "evaluation": _SENSITIVITY | {"sensitivity"},  # the paired validation loss is the objective's own
     "data": _SAMPLING | {"objectives", "training"},
     "training": _SAMPLING | {"objectives", "data", "sensitivity"},
     "bench": _SAMPLING | {"objectives", "data", "training", "evaluation", "sensitivity"},

@@ -14,7 +14,7 @@ from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError, unknown
 from diffratio.methods.base import MethodConfig, check_budget
 from diffratio.methods.block_drop import BlockDropMethod
-from diffratio.methods.fixed import TRAINING_FREE
+from diffratio.methods.fixed import TRAINING_FREE, ranking_costs
 from diffratio.methods.measured import Measured
 from diffratio.objectives import Objective, get_objective
 from diffratio.routing.allocate import ErrorModel, walk
@@ -26,6 +26,7 @@ from diffratio.sensitivity.store import Sensitivity, weights_digest
 from diffratio.tokens.matching import mixed_seed
 
 NEAR = (1, 2, 4)  # bins below the present one that are measured on the way down
+CALIBRATED = ("block_drop", "measured")  # methods that a map solves, without training
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,8 @@ def calibrate(
         BudgetUnreachable: with the reachable range.
         DiffratioError: another method, or something is applied to the transformer.
     """
-    if method not in _CALIBRATED:
-        raise unknown("method that is calibrated on data", method, _CALIBRATED)
+    if method not in CALIBRATED:
+        raise unknown("method that is calibrated on data", method, CALIBRATED)
     check_budget(budget)
     pairs: Sequence[tuple[Tensor, Tensor]] = list(batches)
     if not pairs:
@@ -215,7 +216,4 @@ def solved(method: str, found: Sensitivity, transformer: nn.Module, budget: floa
     description = backbone_of(transformer).describe(transformer)
     if method == "block_drop":
         return BlockDropMethod.for_budget(description, found.run, budget, found.block_order())
-    return Measured(found.schedule(description, budget), found.ranking)
-
-
-_CALIBRATED = ("block_drop", "measured")
+    return Measured(found.schedule(description, budget, ranking_costs(found.ranking)), found.ranking)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffratio.checkpoint import checkpoints_root
 from diffratio.cost.macs import Description, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
@@ -20,6 +21,7 @@ from diffratio.routing.allocate import ErrorModel, Path
 from diffratio.routing.schedule import KeepSchedule, Table
 
 FORMAT, VERSION, SUFFIX = "diffratio-sensitivity", 1, ".safetensors"
+MAPS = "maps"  # folder of the maps that ship, beside the checkpoints that they were measured on
 _TENSORS = ("gram", "cross", "offset", "weights")
 
 
@@ -47,21 +49,26 @@ class Sensitivity:
     seed: int = 0
     unit: str = "macs"
 
-    def schedule(self, description: Description, budget: float) -> KeepSchedule:
-        """The path's schedule for a budget, routers counted.
+    def schedule(self, description: Description, budget: float, router: bool = True) -> KeepSchedule:
+        """The path's schedule for a budget.
+
+        Args:
+            description: of the transformer.
+            budget: fraction of its dense MACs; lower keeps fewer tokens.
+            router: whether routers, or a ranking that costs as much, are counted.
 
         Raises:
             BudgetUnreachable: the walk did not go that low.
         """
-        return KeepSchedule(self._within(description, budget)[0], self.run, budget)
+        return KeepSchedule(self._within(description, budget, router)[0], self.run, budget)
 
     def predicted(self, description: Description, budget: float) -> float:
         """Predicted error of the path's schedule for a budget, as it was measured on the way."""
         return self._within(description, budget)[1]
 
-    def _within(self, description: Description, budget: float) -> tuple[Table, float]:
+    def _within(self, description: Description, budget: float, router: bool = True) -> tuple[Table, float]:
         try:
-            return self.path.within(macs_table(description, self.run), budget)
+            return self.path.within(macs_table(description, self.run, router=router), budget)
         except BudgetUnreachable as error:
             hint = "measure again with a smaller --lowest" if budget < error.reachable[0] else "its bins are too coarse"
             raise BudgetUnreachable("measured", budget, error.reachable, hint) from None
@@ -174,6 +181,33 @@ def load_sensitivity(path: str | FilePath) -> Sensitivity:
         raise DiffratioError(
             f"sensitivity map {str(path)!r} is damaged ({type(error).__name__}); measure again"
         ) from None
+
+
+def find_map(name: str) -> str:
+    """A map's file: itself, or that of a checkpoint which ships with one."""
+    root = checkpoints_root()
+    shipped = root / MAPS / f"{name}{SUFFIX}" if root is not None and "/" not in name else None
+    return str(shipped) if shipped is not None and shipped.is_file() and not FilePath(name).is_file() else name
+
+
+def required_map(name: str, transformer: nn.Module, run: SamplingRun) -> Sensitivity:
+    """A map that was measured for a run and on these weights.
+
+    Args:
+        name: its file, or a checkpoint that ships with one.
+        transformer: dense; on the meta device its weights are not compared with the map's.
+        run: the run that a budget counts.
+
+    Raises:
+        DiffratioError: no such file, or a map of another run or other weights.
+    """
+    path = find_map(name)
+    found = load_sensitivity(path)
+    on_meta = next(transformer.parameters()).is_meta
+    try:
+        return found.require(run, None if on_meta else transformer)
+    except DiffratioError as error:
+        raise DiffratioError(f"{path!r}: {error}") from None
 
 
 def _from(header: dict[str, Any], tensors: dict[str, Tensor]) -> Sensitivity:

@@ -89,6 +89,7 @@ def _overrides(cfg: Mapping[str, Any], method: str, budget: float, seed: int, fo
     return [
         f"experiment={cfg['train_experiment']}",
         f"method={method}",
+        *([f"method.schedule={_quoted(cfg['map'] or cfg['weights'])}"] if method == "measured" else []),
         *cfg["train_overrides"],
         f"backbone.source={_quoted(cfg['weights'])}",
         f"budget.target={budget}",

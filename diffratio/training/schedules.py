@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from diffratio.backbones import backbone_of
-from diffratio.checkpoint import checkpoints_root
 from diffratio.cost.macs import macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
@@ -16,17 +15,9 @@ from diffratio.files import read_json
 from diffratio.methods.base import MethodConfig, config_to_json, get_method
 from diffratio.methods.block_drop import BlockDropMethod
 from diffratio.methods.routed import RoutedConfig
-from diffratio.sensitivity import Sensitivity, load_sensitivity
+from diffratio.sensitivity import Sensitivity, find_map, required_map
 
-MAPS = "maps"  # folder of the maps that ship, beside the checkpoints that they were measured on
 _RULES = ("mod", "hand")
-
-
-def find_map(name: str) -> str:
-    """A map's file: itself, or that of a checkpoint which ships with one."""
-    root = checkpoints_root()
-    shipped = root / MAPS / f"{name}.safetensors" if root is not None and "/" not in name else None
-    return str(shipped) if shipped is not None and shipped.is_file() and not Path(name).is_file() else name
 
 
 def read_schedule(
@@ -55,21 +46,12 @@ def read_schedule(
             )
         document = read_json(path, f"method.{key}")
         return {"schedule": document.get("method", document).get("schedule", document)}
-    found = _required(path, transformer, run)
+    found = required_map(path, transformer, run)
     description = backbone_of(transformer).describe(transformer)
     if method == "block_drop":
         solved = config_to_json(BlockDropMethod.for_budget(description, run, budget, found.block_order()))
         return {key: value for key, value in solved.items() if key != "name"}
     return {"schedule": found.schedule(description, budget)}
-
-
-def _required(path: str, transformer: nn.Module, run: SamplingRun) -> Sensitivity:
-    found = load_sensitivity(path)
-    on_meta = next(transformer.parameters()).is_meta
-    try:
-        return found.require(run, None if on_meta else transformer)
-    except DiffratioError as error:
-        raise DiffratioError(f"{path!r}: {error}") from None
 
 
 def predicted_errors(
@@ -88,7 +70,7 @@ def predicted_errors(
         Predicted mean square error of the output, summed over regions with the map's weights, by schedule; None where
         it cannot be had.
     """
-    found = _required(find_map(name), transformer, run)
+    found = required_map(name, transformer, run)
     description = backbone_of(transformer).describe(transformer)
     order = found.block_order()
     tables: dict[str, Any] = {}

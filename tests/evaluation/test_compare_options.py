@@ -11,9 +11,13 @@ import pytest
 from comparing import DATA, light, make_checkpoints, settings, timeless
 
 from diffratio import cli, surgery
+from diffratio.backbones import backbone_of
+from diffratio.checkpoint import load_transformer
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare import compare_from_config, plan_text
 from diffratio.evaluation.records import Record, read_records
+from diffratio.objectives import get_objective
+from diffratio.sensitivity import MeasureSettings, measure_sensitivity, save_sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,31 @@ def test_training_free_methods_run_on_both_dense_models(checkpoints: dict[str, s
         )
         assert records[name].quality["kid_lite0_vs_dense"]["value"] == pytest.approx(difference, rel=1e-5, abs=1e-5)
     assert records["tome"].quality["excess_loss"] != tuned.quality["excess_loss"]
+
+
+def test_methods_of_a_map_run_untrained_on_both_dense_models(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    transformer = load_transformer(checkpoints["dense"])
+    run = backbone_of(transformer).default_run(transformer, 5, "cfg")
+    chosen = MeasureSettings(n=4, lowest=0.6, samples=2)
+    found = measure_sensitivity(transformer, *DATA.held_out(4), get_objective("flow"), run, chosen)
+    save_sensitivity(tmp_path / "map.safetensors", found)
+    changes = {"methods": ["measured", "block_drop"], "finetuned": checkpoints["tuned"], "n": 0}
+    with pytest.raises(DiffratioError, match="is no map's file and no checkpoint that ships with one"):
+        compare(checkpoints, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+    changes["map"] = str(tmp_path / "map.safetensors")
+    _, records = compare(checkpoints, tmp_path / "out", **changes)
+    description = surgery.describe(transformer)
+    for mark in ("", "@finetuned"):
+        record = records[f"measured{mark}"]
+        schedule = found.schedule(description, 0.8, router=False)
+        assert record.schedule == {"bins": [list(row) for row in schedule.bins]}
+        assert record.arm.method["ranking"] == "strided" and record.quality["excess_loss"]["value"] != 0
+        assert 0.79 <= record.cost["fraction"] <= 0.8
+    assert records["block_drop"].status in ("ok", "unreachable")
+    assert records["measured"].quality["excess_loss"] != records["measured@finetuned"].quality["excess_loss"]
+    with pytest.raises(DiffratioError, match="measured for a run of 5 steps"):
+        compare(checkpoints, tmp_path / "other", **{**changes, "steps": 6})
 
 
 def test_no_samples_gives_losses_costs_and_times_alone(checkpoints: dict[str, str], tmp_path: Path) -> None:
@@ -161,6 +190,7 @@ def test_wandb_offline(checkpoints: dict[str, str], tmp_path: Path, monkeypatch:
         ({"train": True, "train_steps": 0}, "train_steps of at least 1"),
         ({"logger": {"name": "csv"}}, "known are tensorboard, wandb"),
         ({"methods": ["mod"]}, "train=true"),
+        ({"methods": ["measured"], "map": "nowhere.safetensors"}, "'nowhere.safetensors' is no map's file"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"n": -1}, "kid_lite0"),
     ],

@@ -11,9 +11,8 @@ import torch
 
 from diffratio.cli import main
 from diffratio.errors import DiffratioError
-from diffratio.sensitivity import load_sensitivity, save_sensitivity
+from diffratio.sensitivity import load_sensitivity, save_sensitivity, store
 from diffratio.surgery import describe
-from diffratio.training import schedules
 from diffratio.training.build import build_method, build_transformer, typed
 from diffratio.training.run import compose, plain_config, train
 from diffratio.training.settings import BudgetSettings
@@ -125,12 +124,12 @@ def test_without_a_map_the_way_is_named(overrides: list[str], message: str, base
 
 
 def test_maps_that_ship_are_found_by_their_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(schedules, "checkpoints_root", lambda: tmp_path)
-    assert schedules.find_map("tiny") == "tiny"
+    monkeypatch.setattr(store, "checkpoints_root", lambda: tmp_path)
+    assert store.find_map("tiny") == "tiny"
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "tiny.safetensors").touch()
-    assert schedules.find_map("tiny") == str(tmp_path / "maps" / "tiny.safetensors")
-    assert schedules.find_map("folder/tiny") == "folder/tiny"
+    assert store.find_map("tiny") == str(tmp_path / "maps" / "tiny.safetensors")
+    assert store.find_map("folder/tiny") == "folder/tiny"
 
 
 def test_it_trains_and_exports_from_a_map(measured: Path, base: Path, tmp_path: Path) -> None:

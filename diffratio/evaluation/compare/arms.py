@@ -22,6 +22,7 @@ from diffratio.methods.base import Method, MethodConfig, config_to_json
 from diffratio.methods.dense import Dense
 from diffratio.methods.fewer_steps import FewerSteps
 from diffratio.sampling.schedulers import noise_levels, set_steps
+from diffratio.sensitivity import CALIBRATED, Sensitivity, find_map, required_map, solved
 
 DENSE, FINETUNED = "dense", "dense_finetuned"
 
@@ -142,11 +143,12 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
         assert one.folder is not None
         _same_objective(one.folder, objective, settings.weights)
         found.append(_routed(one, device, run, found, control))
+    sensitivity = _map(settings, base, run) if settings.mapped else None
     for weights in [found[0], *controls]:
         mark = "" if weights is found[0] else "@finetuned"
         for budget in settings.budgets:
             for method in settings.training_free:
-                found.append(_training_free(method, mark, weights, budget, run))
+                found.append(_training_free(method, mark, weights, budget, run, sensitivity))
     return Lineup(tuple(found), run, objective)
 
 
@@ -192,11 +194,29 @@ def _routed(one: TrainedArm, device: str, run: SamplingRun, found: Sequence[Cont
     return _ready(pipe, arm, run, budget, seed, found[0] if steps is None else control(seed))
 
 
-def _training_free(method: str, mark: str, weights: Contender, budget: float, run: SamplingRun) -> Contender:
+def _map(settings: CompareSettings, base: Any, run: SamplingRun) -> Sensitivity:
+    """The map of the base weights; a fine-tuned control takes the schedules that it solves for them."""
+    name = settings.map or settings.weights
+    if not Path(find_map(name)).is_file():
+        raise DiffratioError(
+            f"methods: {settings.mapped[0]!r} is solved on a sensitivity map, and {name!r} is no map's file and no "
+            "checkpoint that ships with one; `diffratio measure EXPERIMENT --out FILE`, then map=FILE, or train=true"
+        )
+    return required_map(name, base.transformer, run)
+
+
+def _training_free(
+    method: str, mark: str, weights: Contender, budget: float, run: SamplingRun, sensitivity: Sensitivity | None
+) -> Contender:
     name, source, tuned = f"{method}{mark}", weights.arm.weights, weights.arm.finetuned_steps
     digest = weights.arm.weights_sha256
+    transformer = weights.pipe.transformer
     try:
-        config = surgery.for_budget(method, weights.pipe.transformer, budget, run=run)
+        if method in CALIBRATED:
+            assert sensitivity is not None
+            config = solved(method, sensitivity, transformer, budget)
+        else:
+            config = surgery.for_budget(method, transformer, budget, run=run)
     except BudgetUnreachable as error:
         arm = Arm(name, source, {"name": method}, True, tuned, digest)
         return Contender(arm, budget, seed=weights.seed, partner=weights, unreachable=str(error))

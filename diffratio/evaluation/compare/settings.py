@@ -10,6 +10,7 @@ from typing import Any
 from diffratio.errors import DiffratioError, unknown
 from diffratio.evaluation.metrics import METRICS, check_metrics, require_samples
 from diffratio.methods.base import check_budget, get_method
+from diffratio.sensitivity import CALIBRATED
 
 LATENCY_MODES = ("eager", "compiled")
 _KINDS: dict[str, Any] = {"int": int, "str": str, "float": (int, float), "bool": bool, "str | None": (str, type(None))}
@@ -62,6 +63,7 @@ class CompareSettings:
     train_overrides: tuple[str, ...] = ()
     train_methods: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    map: str | None = None
     train_n: int = 2000
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ class CompareSettings:
         if self.train and self.train_steps < 1:
             raise DiffratioError(f"train=true needs train_steps of at least 1, got {self.train_steps}")
         for method in self.methods:
-            if get_method(method).learned and not self.train:
+            if get_method(method).learned and not self.train and method not in CALIBRATED:
                 raise DiffratioError(
                     f"methods: {method!r} is learned, so it needs trained weights: train it "
                     f"(diffratio train method={method}), then give its export in routed=[...]; "
@@ -118,7 +120,13 @@ class CompareSettings:
     @property
     def training_free(self) -> tuple[str, ...]:
         """The methods that run on weights as they are."""
-        return tuple(one for one in self.methods if one != "dense" and not get_method(one).learned)
+        free = [one for one in self.methods if one != "dense" and not get_method(one).learned]
+        return (*free, *self.mapped)
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """The methods whose schedules a sensitivity map solves, untrained."""
+        return () if self.train else tuple(one for one in self.methods if one in CALIBRATED)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> CompareSettings:
