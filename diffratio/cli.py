@@ -7,9 +7,11 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -367,6 +369,26 @@ def _print(answer: Answer, as_json: bool) -> None:
         print(yaml.safe_dump(_plain(answer.document), sort_keys=False, allow_unicode=True, width=120).rstrip())
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a queue or a shutdown sends: what is under way is put in order as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
@@ -374,13 +396,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the program's name; None takes the process's.
 
     Returns:
-        0 on success, 2 on bad input, 1 on failure, 130 when interrupted.
+        0 on success, 2 on bad input, 1 on failure, 130 when interrupted, 143 when terminated.
     """
     debug = os.environ.get("DIFFRATIO_DEBUG", "") not in ("", "0")
     try:
         args = _parse(argv)
         debug = debug or args.debug
-        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        quiet = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+        # Lightning has an answer of its own to a termination
+        with quiet, contextlib.nullcontext() if args.function is train else _terminable():
             answer = args.function(args)
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # one of several processes answers
             _print(answer, args.json)
@@ -388,6 +412,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(answer.code)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a wrong word
         return stop.code if isinstance(stop.code, int) else 1
+    except Terminated:
+        print("diffratio: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("diffratio: interrupted", file=sys.stderr)
         return 130
