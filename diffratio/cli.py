@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> Answer:
     """Composes and validates an experiment, builds it without weights and says what it will cost."""
     from diffratio.training.run import check, compose
 
-    return Answer(check(compose("train", [_experiment(args), *args.overrides]), args.map))
+    return Answer(check(compose("train", [_experiment(args), *args.overrides]), args.map, args.verify))
 
 
 def _experiment(args: argparse.Namespace) -> str:
@@ -293,6 +293,9 @@ def parser() -> argparse.ArgumentParser:
     one = verb(check)
     one.add_argument("experiment", metavar="EXPERIMENT")
     one.add_argument("--map", metavar="FILE", help="sensitivity map: predicts what the budget costs in quality")
+    one.add_argument(
+        "--verify", type=int, default=0, metavar="N", help="measures those predictions on N held-out images (minutes)"
+    )
     overrides(one)
     one = verb(measure)
     one.add_argument("experiment", metavar="EXPERIMENT", help="whose backbone, data, objective and run are measured")

@@ -9,6 +9,7 @@ from diffratio.sensitivity.store import (
     save_sensitivity,
     weights_digest,
 )
+from diffratio.sensitivity.verify import verify
 
 __all__ = [
     "CALIBRATED",
@@ -21,5 +22,6 @@ __all__ = [
     "required_map",
     "save_sensitivity",
     "solved",
+    "verify",
     "weights_digest",
 ]

@@ -119,12 +119,13 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     return plain  # type: ignore[return-value]
 
 
-def check(cfg: DictConfig, sensitivity: str | None = None) -> dict[str, Any]:
+def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> dict[str, Any]:
     """Validates an experiment without training, and without weights where no sensitivity map is given.
 
     Args:
         cfg: composed `train` config.
         sensitivity: a map that `diffratio measure` wrote: what the budget will cost in quality, before any training.
+        verify: held-out images on which the map's predictions are measured; 0 is off.
 
     Returns:
         The reachable budgets, MACs by bin, parameters, a memory estimate in MiB and predicted errors.
@@ -135,7 +136,7 @@ def check(cfg: DictConfig, sensitivity: str | None = None) -> dict[str, Any]:
     from diffratio.cost.macs import macs_table
     from diffratio.methods.base import get_method
     from diffratio.routing.schedule import constant_table
-    from diffratio.training.build import budget_run, build_data, build_method, build_transformer, typed
+    from diffratio.training.build import budget_run, build_data, build_method, build_objective, build_transformer, typed
     from diffratio.training.schedules import predicted_errors
     from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
 
@@ -162,7 +163,11 @@ def check(cfg: DictConfig, sensitivity: str | None = None) -> dict[str, Any]:
     predicted = {}
     if sensitivity:
         weights = build_transformer(plain, data)
-        predicted = {"predicted_error": predicted_errors(sensitivity, method, weights, run, budget.target)}
+        held_out = (*data.held_out(verify), build_objective(plain)) if verify else None
+        errors = predicted_errors(sensitivity, method, weights, run, budget.target, held_out)
+        predicted = {"predicted_error": errors}
+    elif verify:
+        raise DiffratioError("--verify measures what a sensitivity map predicts; give the map too: --map FILE")
     return {
         "experiment": plain["name"],
         "method": method.method.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
 from diffratio.cost.macs import macs_table
@@ -15,7 +15,8 @@ from diffratio.files import read_json
 from diffratio.methods.base import MethodConfig, config_to_json, get_method
 from diffratio.methods.block_drop import BlockDropMethod
 from diffratio.methods.routed import RoutedConfig
-from diffratio.sensitivity import Sensitivity, find_map, required_map
+from diffratio.objectives import Objective
+from diffratio.sensitivity import Sensitivity, find_map, required_map, verify
 
 _RULES = ("mod", "hand")
 
@@ -55,7 +56,12 @@ def read_schedule(
 
 
 def predicted_errors(
-    name: str, method: MethodConfig, transformer: nn.Module, run: SamplingRun, budget: float
+    name: str,
+    method: MethodConfig,
+    transformer: nn.Module,
+    run: SamplingRun,
+    budget: float,
+    held_out: tuple[Tensor, Tensor, Objective] | None = None,
 ) -> dict[str, Any]:
     """Untrained output errors that a map predicts at a budget: the experiment's own schedule among those of the rules.
 
@@ -65,6 +71,7 @@ def predicted_errors(
         transformer: dense, with weights.
         run: the run that the budget counts.
         budget: fraction of its dense MACs.
+        held_out: images, labels and objective, to measure what was predicted; see `sensitivity.verify`.
 
     Returns:
         Predicted mean square error of the output, summed over regions with the map's weights, by schedule; None where
@@ -81,10 +88,17 @@ def predicted_errors(
     )
     tables["measured"] = _attempt(lambda: found.schedule(description, budget).bins)
     errors = {rule: None if table is None else found.error(table) for rule, table in tables.items()}
-    own = None
-    if isinstance(method, RoutedConfig) and method.schedule is not None:
-        own = found.error(method.schedule.bins)
-    return {"this_schedule": own, **errors, "ranking": found.ranking, "block_order": list(order)}
+    own = method.schedule.bins if isinstance(method, RoutedConfig) and method.schedule is not None else None
+    answer: dict[str, Any] = {
+        "this_schedule": None if own is None else found.error(own),
+        **errors,
+        "ranking": found.ranking,
+        "block_order": list(order),
+    }
+    if held_out is not None:
+        images, labels, objective = held_out
+        answer["verified"] = verify(found, transformer, images, labels, objective, {"this_schedule": own, **tables})
+    return answer
 
 
 def _attempt(solve: Any) -> Any:

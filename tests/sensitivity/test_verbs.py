@@ -140,3 +140,48 @@ def test_it_trains_and_exports_from_a_map(measured: Path, base: Path, tmp_path: 
     assert result["macs_fraction"] <= 0.8
     transformer = diffratio.load_transformer(tmp_path / "run" / "export")
     assert [list(row) for row in transformer._diffratio.token_method.bins] == result["schedule"]
+
+
+def test_check_measures_what_the_map_predicts(measured: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["check", "fashion_mod", f"backbone.source={base}", "budget.steps=4", "--json"]
+    assert main([*argv, "--verify", "8"]) == 2
+    assert "--map FILE" in capsys.readouterr().err
+    assert main([*argv, "--map", str(measured), "--verify", "3"]) == 2
+    assert "3 images are too few for 2 regions" in capsys.readouterr().err
+    assert main([*argv, "--map", str(measured), "--verify", "16"]) == 0
+    verified = json.loads(capsys.readouterr().out)["predicted_error"]["verified"]
+    assert verified["images"] == 16 and verified["rank_correlation"]["tables"] == 60
+    assert verified["rank_correlation"]["spearman"] > 0.8 and len(verified["rank_correlation"]["by_region"]) == 2
+    rows = verified["schedules"]
+    assert rows["this_schedule"] == rows["mod"] and set(rows) >= {"measured", "hand", "block_drop"}
+    for row in (rows["measured"], rows["mod"]):
+        assert 0.785 <= row["macs_fraction"] <= 0.8 and row["stderr"] > 0
+        # the map was measured on other images, so the two agree in size only
+        assert row["true_error"] == pytest.approx(row["predicted_error"], rel=0.5)
+
+
+def test_verifying_equals_a_forward_by_hand(measured: Path, base: Path) -> None:
+    import diffratio
+    from diffratio.objectives import get_objective
+    from diffratio.objectives.validation import region_losses
+    from diffratio.sensitivity import verify
+
+    found, transformer = load_sensitivity(measured), build_transformer_of(base).eval()
+    before = {key: value.clone() for key, value in transformer.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(8, 1, 32, 32, generator=generator), torch.arange(8)
+    table = ((10, 5), (4, 10), (0, 7))
+    answer = verify(found, transformer, images, labels, get_objective("flow"), {"mine": table, "none": None}, 3)
+    assert answer["schedules"]["none"] is None
+    assert all(torch.equal(value, before[key]) for key, value in transformer.state_dict().items())
+
+    def losses() -> torch.Tensor:
+        def predict(inputs: torch.Tensor, levels: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            return transformer(inputs, timestep=1000 * levels, class_labels=classes, return_dict=False)[0]
+
+        return region_losses(predict, get_objective("flow"), images, labels)
+
+    dense = losses()
+    diffratio.apply_(transformer, diffratio.Measured(diffratio.KeepSchedule(table, found.run), found.ranking))
+    excess = 1e3 * (losses() - dense).mean()
+    assert answer["schedules"]["mine"]["excess_loss_x1000"] == pytest.approx(float(excess), rel=1e-4)
