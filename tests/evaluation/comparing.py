@@ -86,9 +86,11 @@ def light(monkeypatch: pytest.MonkeyPatch, folder: Path, probes: bool = False) -
     """No network for features, no report and, unless asked for, no probes: for tests of what is measured when."""
     if not probes:
         monkeypatch.setattr(measuring, "probe", lambda one, dense, guidance_scale: ((), torch.zeros(1)))
-    paths = SimpleNamespace(html=folder / "report.html", markdown=folder / "report.md", csv=folder / "records.csv")
+    paths = SimpleNamespace(
+        html=folder / "report.html", markdown=folder / "report.md", csv=folder / "records.csv", compact=None
+    )
     monkeypatch.setattr(running, "Lite0Features", PooledPixels)
-    monkeypatch.setattr(running, "write_report", lambda path, title: paths)
+    monkeypatch.setattr(running, "write_report", lambda path, title, compact: paths)
 
 
 def timeless(folder: Path) -> dict[str, Any]:

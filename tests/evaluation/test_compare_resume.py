@@ -101,7 +101,9 @@ def test_an_interrupted_comparison_shows_what_is_there(
 ) -> None:
     out, reports = tmp_path / "out", []
     report = running.write_report
-    monkeypatch.setattr(running, "write_report", lambda path, title: reports.append(path) or report(path, title))
+    monkeypatch.setattr(
+        running, "write_report", lambda path, title, compact: reports.append(path) or report(path, title, compact)
+    )
     with monkeypatch.context() as patch:
         stop_at(patch, "write", 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
@@ -109,8 +111,9 @@ def test_an_interrupted_comparison_shows_what_is_there(
     assert reports == [out]
     status = {record.id: record.status for record in read_records(out)}
     assert status.pop("dense-100-s0") == "ok" and set(status.values()) == {"cancelled"} and len(status) == 3
-    compare(checkpoints, out, seeds=[0, 1])
+    answer = compare(checkpoints, out, seeds=[0, 1], compact=True)
     assert {record.status for record in read_records(out)} == {"ok"}
+    assert Path(answer["compact"]) == out / "compact" / "report.md" and Path(answer["compact"]).is_file()
 
 
 def test_a_failed_arm_is_a_record_and_is_done_again(

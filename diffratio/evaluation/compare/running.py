@@ -146,7 +146,8 @@ class _Comparison:
 
     def finish(self, logger: Mapping[str, Any] | None) -> dict[str, Any]:
         """The report over everything in the folder, and what the command answers."""
-        report = write_report(self.path, title=f"diffratio compare: {self.settings.weights}")
+        title = f"diffratio compare: {self.settings.weights}"
+        report = write_report(self.path, title=title, compact=self.settings.compact)
         records = self.folder.records()
         if logger:
             track(logger, self.path, self.settings.name, list(records.values()))
@@ -155,6 +156,7 @@ class _Comparison:
             "report": str(report.html),
             "markdown": str(report.markdown),
             "csv": str(report.csv),
+            **({"compact": str(report.compact)} if report.compact else {}),
             "finished_before": len(self.finished),
             "arms": rows,
         }

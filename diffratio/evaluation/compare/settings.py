@@ -56,6 +56,7 @@ class CompareSettings:
     device: str
     latency_modes: tuple[str, ...] = ("eager",)
     save_npz: bool = False
+    compact: bool = False
     dry_run: bool = False
     train: bool = False
     train_steps: int = 0
