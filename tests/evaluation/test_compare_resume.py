@@ -10,7 +10,7 @@ import pytest
 from comparing import DATA, light, make_checkpoints, settings, timeless
 
 from diffratio.errors import DiffratioError
-from diffratio.evaluation.compare import compare_from_config, running
+from diffratio.evaluation.compare import compare_from_config, measuring, running
 from diffratio.evaluation.compare.folder import ComparisonFolder
 from diffratio.evaluation.records import read_records
 
@@ -96,24 +96,59 @@ def test_a_rerun_samples_only_what_is_missing(
     assert {key: timeless(out)[key] for key in before} == before
 
 
+def test_another_seed_takes_times_and_losses_from_the_first(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, probed = tmp_path / "out", []
+    compare(checkpoints, out, latency_repeats=2)
+    original = measuring.probe
+
+    def counted(one: Any, *arguments: Any) -> Any:
+        probed.append(one.arm.name)
+        return original(one, *arguments)
+
+    monkeypatch.setattr(measuring, "region_losses", None)  # called, it would fail
+    monkeypatch.setattr(measuring, "probe", counted)
+    compare(checkpoints, out, latency_repeats=2, seeds=[0, 1])
+    records = {record.id: record for record in read_records(out)}
+    assert len(records) == 4 and probed == []
+    for name in ("dense-100", "tome-80"):
+        first, second = records[f"{name}-s0"], records[f"{name}-s1"]
+        assert first.cost == second.cost and first.cost["latency"][0]["median_ms"] > 0
+        assert first.quality.get("excess_loss") == second.quality.get("excess_loss")
+    assert records["tome-80-s1"].quality["excess_loss"]["value"] != 0
+    # on another device everything is measured anew
+    for path in (out / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["provenance"]["device"] = "another"
+        path.write_text(json.dumps(record))
+    compare(checkpoints, out, latency_repeats=2, seeds=[0, 1, 2])
+    assert probed == ["dense", "tome"]
+    third = {record.id: record for record in read_records(out)}["tome-80-s2"]
+    assert third.cost["latency"] != records["tome-80-s0"].cost["latency"]
+
+
 def test_an_interrupted_comparison_shows_what_is_there(
     checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, reports = tmp_path / "out", []
     report = running.write_report
-    monkeypatch.setattr(
-        running, "write_report", lambda path, title, compact: reports.append(path) or report(path, title, compact)
-    )
+
+    def write(path: Path, title: str, compact: bool) -> Any:
+        reports.append((path, compact))
+        return report(path, title, compact)
+
+    monkeypatch.setattr(running, "write_report", write)
     with monkeypatch.context() as patch:
         stop_at(patch, "write", 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             compare(checkpoints, out, seeds=[0, 1])
-    assert reports == [out]
+    assert reports == [(out, False)]
     status = {record.id: record.status for record in read_records(out)}
     assert status.pop("dense-100-s0") == "ok" and set(status.values()) == {"cancelled"} and len(status) == 3
-    answer = compare(checkpoints, out, seeds=[0, 1], compact=True)
+    compare(checkpoints, out, seeds=[0, 1], compact=True)
     assert {record.status for record in read_records(out)} == {"ok"}
-    assert Path(answer["compact"]) == out / "compact" / "report.md" and Path(answer["compact"]).is_file()
+    assert reports == [(out, False), (out, True)]
 
 
 def test_a_failed_arm_is_a_record_and_is_done_again(

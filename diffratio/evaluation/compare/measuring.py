@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,25 +76,42 @@ class Referee:
         self._train: Tensor | None = None
 
     def prepare(self, arms: Sequence[Contender]) -> None:
-        """Probes, times and weighs the arms, and takes their validation losses; a broken one gets its `failure`."""
+        """Probes, times and weighs the arms, and takes their validation losses; a broken one gets its `failure`.
+
+        What a finished record of another seed says of an arm's cost is taken from there.
+        """
         probes: dict[str, Tensor] = {}
+        finished = {key: record for key, record in self.folder.records().items() if record.status == "ok"}
         ready = [one for one in arms if one.unreachable is None]
+        new = [one for one in ready if not self._recall(one, finished)]
         partners = [one.partner for one in ready if one.partner is not None]
+        to_probe = {id(one) for one in new} | {id(one.partner) for one in new if one.partner is not None}
         for one in _each([*partners, *ready]):
             try:
-                partner = one.partner
-                dense = probes.get(partner.key) if partner else None
-                flags, probes[one.key] = probe(one, dense, self.settings.guidance_scale)
-                one.flags = flags
+                if id(one) in to_probe:
+                    partner = one.partner
+                    dense = probes.get(partner.key) if partner else None
+                    one.flags, probes[one.key] = probe(one, dense, self.settings.guidance_scale)
+                    for flag in one.flags:
+                        self.say(f"{one.arm.name} at {one.budget:g}: {flag}")
                 self._take_losses(one)
-                for flag in flags:
-                    self.say(f"{one.arm.name} at {one.budget:g}: {flag}")
             except MISSES as error:
                 one.failure = _line(error)
-        sound = [one for one in ready if one.failure is None]
+        sound = [one for one in new if one.failure is None]
         timings = time_arms(self.settings, self.lineup.dense, sound, self.device, self.say)
         for one in sound:
             self._costs[one.key] = (timings[one.key], memory_of(self.settings, one, self.device))
+
+    def _recall(self, one: Contender, finished: Mapping[str, Record]) -> bool:
+        """Takes times, memory and flags from an arm's finished record, if this device measured them."""
+        for seed in self.settings.seeds if one.seed is None else (one.seed,):
+            record = finished.get(one.id(seed))
+            if record is not None and record.provenance.get("device") == self.provenance["device"]:
+                memory = record.cost["peak_memory_mib"]
+                self._costs[one.key] = ([dict(row) for row in record.cost["latency"]], memory)
+                one.flags = tuple(record.flags)
+                return True
+        return False
 
     def knows(self, one: Contender, seed: int) -> bool:
         """Whether the samples of a dense arm are here, or were kept by an earlier start."""
@@ -217,6 +236,11 @@ class Referee:
         """Paired validation losses (v, R), on the same images at the same noise for every arm."""
         if not self.settings.validation_n or not one.has_losses:
             return
+        name = _losses_name(one)
+        kept = self.folder.cached(name)
+        if kept is not None and set(kept) == {"losses"}:
+            self._losses[one.key] = kept["losses"]
+            return
         objective = get_objective(self.lineup.objective)
         images, labels = self.held_out(self.settings.validation_n)
         transformer = one.pipe.transformer
@@ -228,6 +252,7 @@ class Referee:
 
         losses = region_losses(predict, objective, images.to(self.device), labels.to(self.device), REGIONS)
         self._losses[one.key] = losses
+        self.folder.cache(name, {"losses": losses})
 
     def _pictures(self, one: Contender, seed: int, images: Tensor) -> dict[str, Any]:
         path = f"images/{one.id(seed)}.png"
@@ -299,6 +324,12 @@ def _value(entry: Any) -> float | None:
 
 def _cache_name(one: Contender, seed: int) -> str:
     return f"{one.id(seed)}-{(one.arm.weights_sha256 or 'hub')[:8]}"
+
+
+def _losses_name(one: Contender) -> str:
+    """Changes with the weights and with every setting of the method."""
+    settings = json.dumps([one.arm.weights, one.arm.weights_sha256, dict(one.arm.method)], sort_keys=True)
+    return f"losses-{one.key}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
 
 def _each(arms: Sequence[Contender]) -> list[Contender]:
