@@ -142,7 +142,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     for one in [*routed, *(one for one in trained if one.name != FINETUNED and one.folder)]:
         assert one.folder is not None
         _same_objective(one.folder, objective, settings.weights)
-        found.append(_routed(one, device, run, found, control))
+        found.append(_routed(one, device, run, found, control, settings.mapped))
     sensitivity = _map(settings, base, run) if settings.mapped else None
     for weights in [found[0], *controls]:
         mark = "" if weights is found[0] else "@finetuned"
@@ -177,7 +177,14 @@ def _ready(
     return contender
 
 
-def _routed(one: TrainedArm, device: str, run: SamplingRun, found: Sequence[Contender], control: Any) -> Contender:
+def _routed(
+    one: TrainedArm,
+    device: str,
+    run: SamplingRun,
+    found: Sequence[Contender],
+    control: Any,
+    untrained: Sequence[str],
+) -> Contender:
     source = one.folder
     assert source is not None
     pipe = load_pipeline(source, device=device)
@@ -188,7 +195,8 @@ def _routed(one: TrainedArm, device: str, run: SamplingRun, found: Sequence[Cont
     schedule = getattr(config, "schedule", None)
     budget = one.budget or (schedule.budget if schedule else 1.0)
     taken = {c.arm.name for c in found if c.budget == budget and (seed is None or c.seed in (None, seed))}
-    name = _unique(one.name or config.method.name, taken)
+    name = one.name or config.method.name
+    name = _unique(f"{name}_finetuned" if name in untrained else name, taken)  # its untrained arm has the plain name
     steps = _steps_of(source)
     arm = Arm(name, source, config_to_json(config), config.as_published, steps, _digest(source))
     return _ready(pipe, arm, run, budget, seed, found[0] if steps is None else control(seed))
