@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparing import DATA, light, make_checkpoints, settings, timeless
+from comparing import CARD, DATA, light, make_checkpoints, settings, timeless
 
 from diffratio import cli, surgery
 from diffratio.backbones import backbone_of
-from diffratio.checkpoint import load_transformer
+from diffratio.checkpoint import export, load_transformer
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare import compare_from_config, plan_text
 from diffratio.evaluation.records import Record, read_records
 from diffratio.objectives import get_objective
-from diffratio.sensitivity import MeasureSettings, measure_sensitivity, save_sensitivity
+from diffratio.sampling.schedulers import make_scheduler
+from diffratio.sensitivity import MeasureSettings, measure_sensitivity, save_sensitivity, solved
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +96,16 @@ def test_methods_of_a_map_run_untrained_on_both_dense_models(checkpoints: dict[s
         compare(checkpoints, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
     changes["map"] = str(tmp_path / "map.safetensors")
-    _, records = compare(checkpoints, tmp_path / "out", **changes)
     description = surgery.describe(transformer)
+    surgery.apply_(transformer, solved("measured", found, transformer, 0.8))
+    card = CARD | {"kind": "routed", "training": {"steps": 7}}
+    export(transformer, tmp_path / "tuned", card=card, scheduler=make_scheduler("flow_euler"))
+    surgery.remove_(transformer)
+    changes["routed"] = [str(tmp_path / "tuned")]
+    _, records = compare(checkpoints, tmp_path / "out", **changes)
+    finetuned = records["measured_finetuned"]  # the untrained arm keeps the plain name
+    assert finetuned.arm.finetuned_steps == 7 and finetuned.schedule == records["measured"].schedule
+    assert finetuned.paired_with == "dense_finetuned"
     for mark in ("", "@finetuned"):
         record = records[f"measured{mark}"]
         schedule = found.schedule(description, 0.8, router=False)
@@ -117,7 +126,8 @@ def test_no_samples_gives_losses_costs_and_times_alone(checkpoints: dict[str, st
     assert tome.n == 0 and set(tome.quality) == {"excess_loss", "excess_loss_regions"} and not tome.images
     assert records["fewer_steps"].quality == {} and records["dense"].quality == {}
     assert tome.cost["latency"][0]["median_ms"] > 0
-    assert not (tmp_path / "fast" / "images").exists() and not (tmp_path / "fast" / "cache").exists()
+    assert not (tmp_path / "fast" / "images").exists()
+    assert {path.name.split("-")[0] for path in (tmp_path / "fast" / "cache").iterdir()} == {"losses"}
     _, sampled = compare(checkpoints, tmp_path / "sampled")
     assert sampled["tome"].quality["excess_loss"] == pytest.approx(tome.quality["excess_loss"])
 
