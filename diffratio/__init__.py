@@ -26,6 +26,7 @@ _LAZY = {
     "ToDo": "diffratio.methods.todo",
     "ToFu": "diffratio.methods.tofu",
     "ToMe": "diffratio.methods.tome",
+    "LatencyTable": "diffratio.cost.table",
     "SamplingRun": "diffratio.cost.run",
     "KeepSchedule": "diffratio.routing.schedule",
     "TokenGrid": "diffratio.tokens.grid",
@@ -38,6 +39,7 @@ _LAZY = {
     "macs": "diffratio.surgery",
     "for_budget": "diffratio.surgery",
     "calibrate": "diffratio.sensitivity",
+    "load_cost_table": "diffratio.cost.table",
     "load_sensitivity": "diffratio.sensitivity",
     "load_transformer": "diffratio.checkpoint",
     "load_pipeline": "diffratio.checkpoint",
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from diffratio.checkpoint import load_pipeline as load_pipeline
     from diffratio.checkpoint import load_transformer as load_transformer
     from diffratio.cost.run import SamplingRun as SamplingRun
+    from diffratio.cost.table import LatencyTable as LatencyTable
+    from diffratio.cost.table import load_cost_table as load_cost_table
     from diffratio.methods.block_drop import BlockDrop as BlockDrop
     from diffratio.methods.dense import Dense as Dense
     from diffratio.methods.diffcr import DiffCR as DiffCR

@@ -168,7 +168,7 @@ def _trained_arms(cfg: Mapping[str, Any], methods: Sequence[str], dry_run: bool)
 
 
 def bench(args: argparse.Namespace) -> Answer:
-    """Times routing, training, methods or sampling against the dense model and peers."""
+    """Times routing, training, methods or sampling against the dense model and peers; or makes a cost table."""
     from diffratio.bench.settings import expanded
     from diffratio.training.run import compose, plain_config
 
@@ -325,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dry-run", action="store_true", help="print the plan (arms, costs, time) and write nothing")
     overrides(one)
     one = verb(bench)
-    one.add_argument("kind", metavar="routing|training|methods|sampling")
+    one.add_argument("kind", metavar="routing|training|methods|sampling|table")
     overrides(one)
     one = verb(export)
     one.add_argument("run", metavar="RUN", help="run folder")

@@ -107,6 +107,16 @@ class Backbone(ABC):
         """Class label that means "no condition", where the family is class-conditional."""
         return None
 
+    def example(self, transformer: nn.Module, batch: int, seed: int = 0) -> dict[str, Any]:
+        """Arguments of a forward on random noise, but for the timestep: something to time, on the model's own device.
+
+        Args:
+            transformer: dense or converted.
+            batch: samples.
+            seed: of the noise.
+        """
+        raise DiffratioError(f"backbone {self.name} cannot be timed yet: it gives no example input")
+
     def default_run(self, transformer: nn.Module, steps: int, guidance: Guidance = "cfg") -> SamplingRun:
         """The run that `steps=` stands for: levels 1, 1 - 1/S, ..., 1/S on the configured grid."""
         from diffratio.cost.run import uniform_run

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
@@ -69,6 +70,15 @@ class DiT(Backbone):
         """The extra row of the label table."""
         config: Any = transformer.config
         return int(config.num_embeds_ada_norm)
+
+    def example(self, transformer: nn.Module, batch: int, seed: int = 0) -> dict[str, Any]:
+        """Noise at the configured size, and class 0."""
+        config: Any = transformer.config
+        like = next(transformer.parameters())
+        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        labels = torch.zeros(batch, dtype=torch.long, device=like.device)
+        return {"hidden_states": noise.to(like.device, like.dtype), "class_labels": labels}
 
     def describe(self, transformer: nn.Module) -> Description:
         """Self-attention 4 N d^2 + 2 N^2 d, MLP 2 m N d^2, modulation 6 d^2, timestep embedder 256 d + d^2 a block."""

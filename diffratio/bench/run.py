@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 
 from diffratio.bench.settings import SECTIONS, BenchSettings, check_kind, section
 from diffratio.bench.table import Row, text
+from diffratio.cost.latency import cpu_threads
+from diffratio.cost.table import LatencyTable
 from diffratio.errors import DiffratioError
 from diffratio.files import writable_folder, write_json
 
@@ -34,7 +35,7 @@ class BenchResult:
 
 
 def run_bench(kind: str, cfg: Mapping[str, Any]) -> BenchResult:
-    """Runs `routing`, `training`, `methods` or `sampling`.
+    """Runs `routing`, `training`, `methods`, `sampling` or `table`.
 
     Args:
         kind: which.
@@ -48,14 +49,14 @@ def run_bench(kind: str, cfg: Mapping[str, Any]) -> BenchResult:
     device = _device(settings.device)
     if settings.out:
         writable_folder(Path(settings.out).parent)
-    with _threads(settings.threads):
+    with cpu_threads(settings.threads):
         threads = torch.get_num_threads()
-        rows = _rows(kind, settings, own, device)
+        rows, table = _measured(kind, settings, own, device)
         from diffratio.evaluation.records import provenance
 
         made = provenance(device)
     notes = _notes(kind, settings, device, made["device"])
-    document = {
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "bench": kind,
         "settings": {**asdict(settings), kind: asdict(own)},
@@ -64,9 +65,24 @@ def run_bench(kind: str, cfg: Mapping[str, Any]) -> BenchResult:
         "rows": [row.to_json() for row in rows],
         "notes": notes,
     }
+    if table is not None:
+        from diffratio.bench.latency import table_notes
+
+        table = replace(table, provenance={key: made[key] for key in ("git", "packages", "python", "created")})
+        notes += table_notes(table)
+        document["table"] = table.to_json()
     if settings.out:
-        write_json(settings.out, document)
+        write_json(settings.out, document["table"] if table is not None else document)
     return BenchResult(document, text(f"diffratio bench {kind} on {made['device']}", rows, notes))
+
+
+def _measured(kind: str, settings: BenchSettings, own: Any, device: str) -> tuple[list[Row], LatencyTable | None]:
+    """Rows, and for `table` the cost table that they give."""
+    if kind != "table":
+        return _rows(kind, settings, own, device), None
+    from diffratio.bench.latency import bench_table
+
+    return bench_table(settings, own, device, _dtype(settings.dtype, device))
 
 
 def _rows(kind: str, settings: BenchSettings, own: Any, device: str) -> list[Row]:
@@ -109,18 +125,6 @@ def _notes(kind: str, settings: BenchSettings, device: str, name: str) -> list[s
     if settings.repeats < FEW:
         lines.append(f"Fewer than {FEW} repeats: not a figure to report.")
     return lines
-
-
-@contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Sets the number of CPU threads, and puts it back."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _device(name: str) -> str:

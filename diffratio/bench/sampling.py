@@ -71,7 +71,7 @@ def _variants(
         fraction = surgery.macs(pipe.transformer, run=run).fraction
         found[source] = Variant(sample(pipe, own.steps), fraction, facts={**facts, "method": method.name})
         schedule = getattr(method.config, "schedule", None)
-        budget = schedule.budget if schedule is not None and schedule.budget else fraction
+        budget = schedule.budget if schedule is not None and schedule.unit == "macs" else fraction
         more = {**facts, "method": "fewer_steps"}
         name = f"fewer_steps at {budget:.3g}"
         try:

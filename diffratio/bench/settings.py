@@ -35,10 +35,10 @@ class BenchSettings:
         repeats: interleaved timed calls of each variant; 10 and more for a figure that is reported.
         warmup: calls of each before that.
         device: `auto`, `cpu` or a CUDA device.
-        dtype: of the models of `routing` and `methods`.
+        dtype: of the models of `routing`, `methods` and `table`.
         threads: CPU threads; None leaves torch's choice.
         seed: of weights, noise and draws.
-        out: file for the document, or None.
+        out: file for the document (of `table` the cost table itself), or None.
     """
 
     repeats: int = 10
@@ -146,11 +146,36 @@ class SamplingSettings:
         _modes(self.modes)
 
 
+@dataclass(frozen=True)
+class TableSettings:
+    """`bench table`: a dense model, by checkpoint or by experiment, and how its blocks are called.
+
+    Args:
+        weights: checkpoint.
+        experiment: whose backbone is timed instead of `weights`; weights do not matter for speed.
+        overrides: of the experiment.
+        batch: samples in a forward; the two guidance halves of one picture are 2.
+        alignment: computed tokens are rounded up to a multiple of this.
+    """
+
+    weights: str = "fashion-dit"
+    experiment: str | None = None
+    overrides: tuple[str, ...] = ()
+    batch: int = 2
+    alignment: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch=self.batch, alignment=self.alignment)
+        if self.overrides and self.experiment is None:
+            raise DiffratioError("overrides of bench table are of an experiment; give experiment=NAME as well")
+
+
 SECTIONS: dict[str, type] = {
     "routing": RoutingSettings,
     "training": TrainingSettings,
     "methods": MethodsSettings,
     "sampling": SamplingSettings,
+    "table": TableSettings,
 }
 
 

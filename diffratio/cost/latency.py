@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -130,6 +132,31 @@ def peak_memory(fn: Callable[[], object], device: str | torch.device = "cpu") ->
     fn()
     after = _status_kib("VmHWM") if measurable else None
     return None if before is None or after is None else max(0, after - before) / 1024
+
+
+@contextlib.contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Sets the number of CPU threads (None leaves it), and puts it back."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_name(device: str) -> str:
+    """Name of the GPU, or of the processor and how many threads torch uses on it."""
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # only Linux has it
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _clock(device: str | torch.device) -> Callable[[Callable[[], object]], float]:

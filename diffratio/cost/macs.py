@@ -6,12 +6,15 @@ Everything is per sample. Formulas: METHODS of the README's accounting section; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from diffratio.cost.run import SamplingRun
+from diffratio.errors import DiffratioError, unknown
 
 BINS = range(11)
+ALL_BINS = tuple(BINS)
+UNITS = ("macs", "latency", "mean_ratio")
 
 
 def tokens_of_bin(bin_: int, tokens: int, alignment: int = 1) -> int:
@@ -175,6 +178,19 @@ def run_cost(
     return Cost(total, description.dense(reference or run, linear_only), tuple(per_block), planning)
 
 
+def check_bins(bins: Any, what: str) -> tuple[int, ...]:
+    """Allowed bins, as a rising tuple.
+
+    Raises:
+        DiffratioError: they are no rising integers of 0..10, or 10, the dense block, is not among them.
+    """
+    found = tuple(bins) if isinstance(bins, list | tuple) else ()
+    whole = all(type(bin_) is int and bin_ in BINS for bin_ in found)
+    if not whole or list(found) != sorted(set(found)) or BINS[-1] not in found:
+        raise DiffratioError(f"{what}: allowed_bins {bins!r} must be rising integers of 0..10, 10 among them")
+    return found
+
+
 @dataclass(frozen=True)
 class CostTable:
     """Cost of each block by bin, in any unit (MACs, or measured milliseconds), for one run.
@@ -184,12 +200,28 @@ class CostTable:
         outer: cost of one forward outside the blocks (and of whatever a method always adds).
         dense: cost of the dense forward, the denominator.
         run: the run that spreads steps over regions.
+        unit: `macs`, `latency` (milliseconds) or `mean_ratio`; what is solved on the table says so.
+        alignment: computed tokens at which the cells hold are rounded up to a multiple of this.
+        allowed_bins: what a solved schedule may use; the others cost no less than a higher one.
     """
 
     cells: tuple[tuple[float, ...], ...]
     outer: float
     dense: float
     run: SamplingRun
+    unit: str = "macs"
+    alignment: int = 1
+    allowed_bins: tuple[int, ...] = ALL_BINS
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise unknown("unit of a cost table", self.unit, UNITS)
+        check_bins(self.allowed_bins, "cost table")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Allowed bins in which a block still computes something, rising."""
+        return tuple(bin_ for bin_ in self.allowed_bins if bin_ > 0)
 
     def fraction(self, bins: Sequence[Sequence[int]]) -> float:
         """Fraction of the dense run of a table bins[layer][region]."""
@@ -200,6 +232,27 @@ class CostTable:
             for count, bin_ in zip(counts, layer, strict=True)
         )
         return (blocks + self.run.forwards * self.outer) / (self.run.forwards * self.dense)
+
+    def smoothed(self) -> CostTable:
+        """The table between whose bins ratios are learned: cells of bins that are not allowed lie on the line between
+        the allowed ones around them, since rounding sends a ratio to one of those. Costs then rise with every ratio.
+        """
+        levels = self.levels
+        if len(levels) == len(BINS) - 1:
+            return self
+        return replace(self, cells=tuple(_between(row, levels) for row in self.cells))
+
+
+def _between(row: Sequence[float], levels: Sequence[int]) -> tuple[float, ...]:
+    """Costs of bins 1..10 on straight lines between the levels, flat below the lowest; bin 0 as it is."""
+
+    def at(bin_: int) -> float:
+        low = max((level for level in levels if level <= bin_), default=levels[0])
+        high = min(level for level in levels if level >= bin_)
+        share = (bin_ - low) / (high - low) if low < high and low <= bin_ else 0.0
+        return row[low] + share * (row[high] - row[low])
+
+    return (row[0], *(at(bin_) for bin_ in BINS if bin_ > 0))
 
 
 def macs_table(description: Description, run: SamplingRun, alignment: int = 1, router: bool = True) -> CostTable:
@@ -213,4 +266,10 @@ def macs_table(description: Description, run: SamplingRun, alignment: int = 1, r
 
     cells = tuple(tuple(cell(block, bin_) for bin_ in BINS) for block in description.blocks)
     outer = float(description.outer(tokens))
-    return CostTable(cells, outer, outer + sum(row[-1] for row in cells), run)
+    return CostTable(cells, outer, outer + sum(row[-1] for row in cells), run, alignment=alignment)
+
+
+def ratio_table(layers: int, run: SamplingRun) -> CostTable:
+    """The cost table whose fraction is the mean keep ratio over blocks and steps (the budget of arXiv 2412.16822)."""
+    row = tuple(bin_ / BINS[-1] for bin_ in BINS)
+    return CostTable((row,) * layers, 0.0, float(layers), run, "mean_ratio")

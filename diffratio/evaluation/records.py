@@ -253,11 +253,13 @@ def provenance(device: str = "cpu", extractor: str | None = None) -> dict[str, A
     Returns:
         Plain data; `git` is None where the package does not run from a git checkout.
     """
+    from diffratio.cost.latency import device_name
+
     return {
         "git": _git_state(Path(__file__).resolve().parent),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "python": platform.python_version(),
-        "device": _device_name(device),
+        "device": device_name(device),
         "extractor": extractor,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -384,17 +386,3 @@ def _git_state(place: Path) -> str | None:
     if revision is None:
         return None
     return f"{revision}-dirty" if _git(place, "status", "--porcelain") else revision
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass  # only Linux has it
-    return f"{name}, {torch.get_num_threads()} threads"

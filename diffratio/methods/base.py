@@ -6,12 +6,12 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
 from diffratio.catalog import METHODS as _METHODS
-from diffratio.cost.macs import BlockUse, Cost, Description, run_cost
+from diffratio.cost.macs import BlockUse, Cost, CostTable, Description, run_cost
 from diffratio.cost.run import SamplingRun, StepContext
 from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
 from diffratio.methods.actions import Reuse, Skip, StepAction
@@ -97,6 +97,7 @@ class Method:
         learned: adds parameters.
         needs_guidance: works on the guidance halves; a run without guidance is an error.
         indexes_attention: its attention plans choose queries and keys separately (`AttentionPlan`).
+        takes_costs: its `for_budget` also takes `costs=`, a cost table in another unit than MACs.
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Method:
     learned: ClassVar[bool] = False
     needs_guidance: ClassVar[bool] = False
     indexes_attention: ClassVar[bool] = False
+    takes_costs: ClassVar[bool] = False
 
     def __init__(self, config: Any, description: Description) -> None:
         self.config = config
@@ -191,6 +193,33 @@ class Method:
             BudgetUnreachable: no setting of the knob does.
         """
         return dearest_within(cls, [cls.config_class()], description, run, check_budget(budget))
+
+
+def solve_for_budget(
+    cls: type[Method], description: Description, run: SamplingRun, budget: float, costs: CostTable | None = None
+) -> MethodConfig:
+    """The config of a method for a budget in any unit.
+
+    Args:
+        cls: the method.
+        description: the transformer.
+        run: the run that the budget counts.
+        budget: fraction of the dense run; lower keeps fewer tokens.
+        costs: cost table of that run, for a budget in its unit; None counts MACs.
+
+    Raises:
+        BudgetUnreachable: no setting of the method costs that.
+        DiffratioError: a method that has no keep schedule cannot be solved on a table by bins.
+    """
+    if costs is None:
+        config = cls.for_budget(description, run, budget)
+    elif cls.takes_costs:
+        config = cast(Any, cls).for_budget(description, run, budget, costs=costs)
+    else:
+        taking = ", ".join(name for name in _METHODS if get_method(name).takes_costs)
+        raise DiffratioError(f"{cls.name}: its budget counts MACs; a budget in {costs.unit} is for {taking}")
+    assert isinstance(config, MethodConfig)
+    return config
 
 
 def check_guidance(method: type[Method], run: SamplingRun) -> None:

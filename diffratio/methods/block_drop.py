@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffratio.cost.macs import Description, macs_table
+from diffratio.cost.macs import CostTable, Description, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.methods.base import check_budget, register
@@ -51,10 +51,17 @@ class BlockDropMethod(FixedMethod):
 
     name = "block_drop"
     config_class = BlockDrop
+    takes_costs = True
 
     @classmethod
     def for_budget(
-        cls, description: Description, run: SamplingRun, budget: float, order: Sequence[int] | None = None
+        cls,
+        description: Description,
+        run: SamplingRun,
+        budget: float,
+        order: Sequence[int] | None = None,
+        *,
+        costs: CostTable | None = None,
     ) -> BlockDrop:
         """Bypasses blocks in order until the budget holds.
 
@@ -64,9 +71,10 @@ class BlockDropMethod(FixedMethod):
         Args:
             description: the transformer.
             run: the run whose steps the budget counts.
-            budget: fraction of its dense MACs; lower bypasses more.
+            budget: fraction of its dense cost; lower bypasses more.
             order: blocks in the order in which they go; the default is from the middle outwards, `diffratio.calibrate`
                 finds the order of least change.
+            costs: cost table of that run, for a budget in its unit; None counts MACs.
 
         Raises:
             BudgetUnreachable: below what is computed outside the blocks.
@@ -76,14 +84,17 @@ class BlockDropMethod(FixedMethod):
         chosen = middle_out(layers) if order is None else tuple(order)
         if sorted(chosen) != list(range(layers)):
             raise DiffratioError(f"block_drop: order {chosen} must name each of the {layers} blocks once")
-        costs = macs_table(description, run, router=ranking_costs(BlockDrop.ranking))
+        costs = costs or macs_table(description, run, router=ranking_costs(BlockDrop.ranking))
+        if costs.allowed_bins[0] != 0:
+            raise DiffratioError("block_drop: bypassing a block does not pay on this cost table; choose another method")
         for regions, bins in ((1, False), (4, False), (20, False), (20, True)):
+            levels = costs.allowed_bins if bins else (0, 10)
             try:
-                table = first_within(_path(chosen, regions, bins), costs, budget, cls.name)
+                table = first_within(_path(chosen, regions, levels), costs, budget, cls.name)
             except BudgetUnreachable as error:
                 unreachable = error
                 continue
-            return BlockDrop(KeepSchedule(table, run, budget), blocks=_bypassed(table))
+            return BlockDrop(KeepSchedule.solved(table, costs, budget), blocks=_bypassed(table))
         raise unreachable
 
 
@@ -92,14 +103,14 @@ def middle_out(layers: int) -> tuple[int, ...]:
     return tuple(sorted(range(layers), key=lambda layer: (abs(layer - (layers - 1) / 2), layer)))
 
 
-def _path(order: Sequence[int], regions: int, bins: bool) -> list[Table]:
+def _path(order: Sequence[int], regions: int, levels: Sequence[int]) -> list[Table]:
     """Tables of falling cost: block after block, in a block region after region, noisiest first."""
     table = constant_table(len(order), regions)
     path = [table]
     for layer in order:
         for region in reversed(range(regions)):
-            for step in [-1] * 10 if bins else [-10]:
-                table = moved(table, (layer, region), step)
+            for high, low in zip(levels[:0:-1], levels[-2::-1], strict=True):
+                table = moved(table, (layer, region), low - high)
                 path.append(table)
     return path
 

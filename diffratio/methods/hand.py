@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from diffratio.cost.macs import Description, macs_table
+from diffratio.cost.macs import CostTable, Description, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.methods.base import check_budget, register
 from diffratio.methods.routed import RoutedConfig, RoutedMethod
-from diffratio.routing.schedule import KeepSchedule, Table, constant_table, first_within, moved
+from diffratio.routing.schedule import KeepSchedule, Table, constant_table, finer_within, moved
 
 REGIONS = 4
 
@@ -61,28 +61,42 @@ class HandMethod(RoutedMethod):
 
     name = "hand"
     config_class = Hand
+    takes_costs = True
 
     @classmethod
-    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> Hand:
-        """Lowers the chosen cells bin by bin; half the blocks and levels first, then three quarters, then all."""
+    def for_budget(
+        cls, description: Description, run: SamplingRun, budget: float, *, costs: CostTable | None = None
+    ) -> Hand:
+        """Lowers the chosen cells bin by bin; half the blocks and levels first, then three quarters, then all.
+
+        Args:
+            description: the transformer.
+            run: the run whose steps the budget counts.
+            budget: fraction of the dense run; lower keeps fewer tokens.
+            costs: cost table of that run, for a budget in its unit; None counts MACs.
+
+        Raises:
+            BudgetUnreachable: below what the lowest bin in every cell costs.
+        """
         budget = check_budget(budget)
-        costs = macs_table(description, run)
+        costs = costs or macs_table(description, run)
         for fraction in (0.5, 0.75, 1.0):
             rule = Hand(blocks=fraction, levels=fraction)
-            path = list(_path(rule, description.layers))
+            path = list(_path(rule, description.layers, costs.levels))
             if fraction < 1 and costs.fraction(path[-1]) > budget:
                 continue
-            table = first_within(path, costs, budget, cls.name)
-            cells = rule.cells(description.layers)
-            keep = sum(table[layer][region] for layer, region in cells) / (10 * len(cells))
-            return Hand(KeepSchedule(table, run, budget), fraction, fraction, keep)
+            table, _ = finer_within(path, costs, budget, cls.name)
+            cells, finer = rule.cells(description.layers), len(table[0]) // REGIONS
+            thinned = [bin_ for layer, at in cells for bin_ in table[layer][at * finer : (at + 1) * finer]]
+            keep = sum(thinned) / (10 * len(thinned))
+            return Hand(KeepSchedule.solved(table, costs, budget), fraction, fraction, keep)
         raise AssertionError("the widest rule either fits or raises")
 
 
-def _path(rule: Hand, layers: int) -> Iterator[Table]:
+def _path(rule: Hand, layers: int, levels: Sequence[int]) -> Iterator[Table]:
     table = constant_table(layers, REGIONS)
     yield table
-    for _ in range(9):
+    for high, low in zip(levels[:0:-1], levels[-2::-1], strict=True):
         for cell in rule.cells(layers):
-            table = moved(table, cell, -1)
+            table = moved(table, cell, low - high)
             yield table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffratio.cost.macs import Description
+from diffratio.cost.macs import CostTable, Description
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable
 from diffratio.methods.base import check_budget, register
@@ -26,10 +26,13 @@ class MeasuredMethod(FixedMethod):
 
     name = "measured"
     config_class = Measured
+    takes_costs = True
 
     @classmethod
-    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> Measured:
-        """Only 1: a description alone holds no measurement.
+    def for_budget(
+        cls, description: Description, run: SamplingRun, budget: float, *, costs: CostTable | None = None
+    ) -> Measured:
+        """Only 1, in any unit: a description alone holds no measurement.
 
         Raises:
             BudgetUnreachable: any other budget; says how to measure.

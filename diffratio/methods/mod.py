@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffratio.cost.macs import Description, macs_table
+from diffratio.cost.macs import CostTable, Description, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.methods.base import check_budget, register
@@ -45,18 +45,26 @@ class MoDMethod(RoutedMethod):
 
     name = "mod"
     config_class = MoD
+    takes_costs = True
 
     @classmethod
-    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> MoD:
+    def for_budget(
+        cls, description: Description, run: SamplingRun, budget: float, *, costs: CostTable | None = None
+    ) -> MoD:
         """Lowers one cell by one bin at a time, evenly spread; regions join only where blocks alone are too coarse."""
-        schedule = uniform_schedule(description, run, budget, cls.name)
+        schedule = uniform_schedule(description, run, budget, cls.name, costs=costs)
         return MoD(schedule, mean_keep(schedule))
 
 
 def uniform_schedule(
-    description: Description, run: SamplingRun, budget: float, method: str, router: bool = True
+    description: Description,
+    run: SamplingRun,
+    budget: float,
+    method: str,
+    router: bool = True,
+    costs: CostTable | None = None,
 ) -> KeepSchedule:
-    """The dearest uniform schedule within a budget: one cell falls by one bin at a time, evenly spread.
+    """The dearest uniform schedule within a budget: one cell falls by one allowed bin at a time, evenly spread.
 
     Args:
         description: the transformer.
@@ -64,17 +72,22 @@ def uniform_schedule(
         budget: fraction of its dense MACs; lower keeps fewer tokens.
         method: whose name an error carries.
         router: whether ranking tokens costs a router.
+        costs: cost table of the run, for a budget in its unit; None counts MACs.
 
     Raises:
         BudgetUnreachable: below what one bin everywhere costs.
     """
     budget, layers = check_budget(budget), description.layers
-    costs = macs_table(description, run, router=router)
+    costs = costs or macs_table(description, run, router=router)
+    levels = costs.levels
     for regions in (1, 4, 20):
         cells = layers * regions
-        path = [spread(layers, regions, total) for total in range(10 * cells, cells - 1, -1)]
+        path = [
+            tuple(tuple(levels[place] for place in row) for row in spread(layers, regions, total))
+            for total in range((len(levels) - 1) * cells, -1, -1)
+        ]
         try:
-            return KeepSchedule(first_within(path, costs, budget, method), run, budget)
+            return KeepSchedule.solved(first_within(path, costs, budget, method), costs, budget)
         except BudgetUnreachable as error:
             unreachable = error
     raise unreachable

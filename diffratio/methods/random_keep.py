@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffratio.cost.macs import Description
+from diffratio.cost.macs import CostTable, Description
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.methods.base import register
@@ -42,9 +42,12 @@ class RandomKeepMethod(FixedMethod):
 
     name = "random_keep"
     config_class = RandomKeep
+    takes_costs = True
 
     @classmethod
-    def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> RandomKeep:
-        """As `mod`, without the cost of its routers."""
-        schedule = uniform_schedule(description, run, budget, cls.name, router=False)
+    def for_budget(
+        cls, description: Description, run: SamplingRun, budget: float, *, costs: CostTable | None = None
+    ) -> RandomKeep:
+        """As `mod`, without the cost of its routers; a table of milliseconds holds them, so there it stays below."""
+        schedule = uniform_schedule(description, run, budget, cls.name, router=False, costs=costs)
         return RandomKeep(schedule, keep=mean_keep(schedule))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffratio.cost.macs import BINS, CostTable
 from diffratio.errors import BudgetUnreachable, DiffratioError
-from diffratio.routing.schedule import SLACK, Table, constant_table, first_within, moved
+from diffratio.routing.schedule import SLACK, Table, constant_table, finer_within, moved, raised
 
 _BINS = len(BINS)
 _MOST_MOVES = 1500  # above that many moves, pairs are tried among those by one bin alone
@@ -131,7 +131,7 @@ def allocate(
         model: the error model.
         costs: cost of each block by bin, in any unit.
         budget: fraction of the dense run; lower keeps fewer tokens. It is never exceeded.
-        ceiling: highest bin of each cell; the default is the model's base.
+        ceiling: highest bin of each cell, lowered to one that the costs allow; the default is the model's base.
         interactions: whether terms between two cells count; False uses the diagonal alone.
         resolution: largest number of integer cost units; exact where costs are multiples of one of them, otherwise
             costs are rounded up.
@@ -154,14 +154,17 @@ class _Search:
     """One allocation problem with its cost of every move."""
 
     def __init__(self, model: ErrorModel, costs: CostTable, budget: float, ceiling: Table) -> None:
-        self.model, self.costs, self.budget, self.ceiling = model, costs, budget, ceiling
+        self.model, self.costs, self.budget = model, costs, budget
+        under = [max((low for low in costs.allowed_bins if low <= bin_), default=costs.levels[0]) for bin_ in BINS]
+        self.ceiling: Table = tuple(tuple(under[bin_] for bin_ in row) for row in ceiling)
+        self.allowed_bins = torch.tensor([bin_ in costs.allowed_bins for bin_ in BINS])
         counts = costs.run.region_counts(model.regions)
         self.cells = torch.tensor(costs.cells, dtype=torch.float64)  # (L, 11)
         self.price = self.cells[None] * torch.tensor(counts, dtype=torch.float64)[:, None, None]  # (R, L, 11)
         self.capacity = costs.run.steps * (budget * costs.dense - costs.outer)
         self.floor = self.capacity - SLACK * costs.run.steps * costs.dense
-        highest = torch.tensor([list(row) for row in ceiling]).T[..., None]  # (R, L, 1)
-        self.allowed = torch.arange(_BINS) <= highest
+        highest = torch.tensor([list(row) for row in self.ceiling]).T[..., None]  # (R, L, 1)
+        self.allowed = (torch.arange(_BINS) <= highest) & self.allowed_bins
         for region, count in enumerate(counts):
             if count == 0:  # nothing to save there
                 self.allowed[region] = torch.arange(_BINS) == highest[region]
@@ -255,7 +258,8 @@ class _Search:
         change = price - price.gather(1, own)
         valid = self.allowed.flatten(1).clone().scatter_(1, now, True)
         if int(valid.sum()) > _MOST_MOVES:
-            valid &= (torch.arange(valid.shape[1]) - own).abs() <= 1
+            place = self.allowed_bins.cumsum(0).repeat(layers)  # neighbours among the allowed bins differ by one
+            valid &= (place - place[own]).abs() <= 1
         moves = valid.flatten().nonzero()[:, 0]
         alone, change = alone.flatten()[moves], change.flatten()[moves]
         region, row, cell = moves // (layers * _BINS), moves % (layers * _BINS), moves // _BINS
@@ -338,28 +342,18 @@ class Path:
         """The first table that costs within [budget - 0.01, budget], and its predicted error.
 
         Where one decrement is coarser than that, it is made in a part of its region only, noisiest part first: the
-        table then has a multiple of the path's regions, and its error lies between those of its two neighbours.
+        table then has a multiple of the path's regions, and its error lies between those of its two neighbours. Bins
+        that the costs do not allow are raised to the next one that they do: the error is then an upper bound.
 
         Raises:
             BudgetUnreachable: the path does not pass there.
         """
-        tables, errors = list(self.tables()), (0.0, *self.errors)
-        try:
-            table = first_within(tables, costs, budget, method)
-            return table, errors[tables.index(table)]
-        except BudgetUnreachable as error:
-            unreachable = error
-        after = next((place for place, table in enumerate(tables) if costs.fraction(table) <= budget), 0)
-        if after:
-            layer, region = self.cells[after - 1]
-            for finer in (2, 4, 5, 10, 20):
-                table = tuple(tuple(bin_ for bin_ in row for _ in range(finer)) for row in tables[after - 1])
-                for part in range(1, finer):
-                    table = moved(table, (layer, (region + 1) * finer - part), -1)
-                    if budget - SLACK <= costs.fraction(table) <= budget:
-                        share = part / finer
-                        return table, (1 - share) * errors[after - 1] + share * errors[after]
-        raise unreachable
+        path = [raised(table, costs.allowed_bins) for table in self.tables()]
+        errors = (0.0, *self.errors)
+        table, place = finer_within(path, costs, budget, method)
+        before = int(place)
+        share = place - before
+        return table, errors[before] if not share else (1 - share) * errors[before] + share * errors[before + 1]
 
 
 def ordered(model: ErrorModel, costs: CostTable, start: Table, end: Table) -> tuple[list[tuple[int, int]], list[float]]:

@@ -112,11 +112,11 @@ class BudgetProjection:
     cells; `project_` brings the ratios back onto the present target along the cost's own gradient, within [0.1, 1].
 
     Args:
-        costs: cost table of the run.
+        costs: cost table of the run. Where it leaves bins out, cost is linear between the allowed ones.
     """
 
     def __init__(self, costs: CostTable) -> None:
-        self.costs = costs
+        self.costs = costs.smoothed()
 
     def fraction(self, ratios: KeepRatios) -> float:
         """Fraction of the dense run that the present ratios cost."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.checkpoint import checkpoints_root
-from diffratio.cost.macs import Description, macs_table
+from diffratio.cost.macs import CostTable, Description, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.files import atomic_file
-from diffratio.routing.allocate import ErrorModel, Path
+from diffratio.routing.allocate import ErrorModel, Path, allocate
 from diffratio.routing.schedule import KeepSchedule, Table
 
 FORMAT, VERSION, SUFFIX = "diffratio-sensitivity", 1, ".safetensors"
@@ -49,18 +49,29 @@ class Sensitivity:
     seed: int = 0
     unit: str = "macs"
 
-    def schedule(self, description: Description, budget: float, router: bool = True) -> KeepSchedule:
-        """The path's schedule for a budget.
+    def schedule(
+        self, description: Description, budget: float, router: bool = True, *, costs: CostTable | None = None
+    ) -> KeepSchedule:
+        """The schedule for a budget: the path's; on other costs than MACs one allocated anew.
+
+        The path was walked in MACs. Where bins do not pay, another table is best, which is why it is solved afresh on
+        the map's error model around the dense table.
 
         Args:
             description: of the transformer.
-            budget: fraction of its dense MACs; lower keeps fewer tokens.
-            router: whether routers, or a ranking that costs as much, are counted.
+            budget: fraction of the dense run; lower keeps fewer tokens.
+            router: whether routers, or a ranking that costs as much, are counted among the MACs.
+            costs: cost table of the map's run, for a budget in its unit; None counts MACs.
 
         Raises:
-            BudgetUnreachable: the walk did not go that low.
+            BudgetUnreachable: the walk did not go that low, or no table of allowed bins does.
         """
-        return KeepSchedule(self._within(description, budget, router)[0], self.run, budget)
+        if costs is None:
+            return KeepSchedule(self._within(description, budget, router)[0], self.run, budget)
+        try:
+            return KeepSchedule.solved(allocate(self.model, costs, budget), costs, budget)
+        except BudgetUnreachable as error:
+            raise BudgetUnreachable("measured", budget, error.reachable) from None
 
     def predicted(self, description: Description, budget: float) -> float:
         """Predicted error of the path's schedule for a budget, as it was measured on the way."""

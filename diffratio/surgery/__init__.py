@@ -8,6 +8,7 @@ from diffratio.surgery.accounting import describe, for_budget, macs, summary
 from diffratio.surgery.apply import apply_, compile_, drop_root_module_, remove_
 from diffratio.surgery.pipelines import attach_, detach_
 from diffratio.surgery.state import Attachment, attachment, is_applied
+from diffratio.surgery.timing import run_call, time_runs
 
 __all__ = [
     "Attachment",
@@ -22,5 +23,7 @@ __all__ = [
     "is_applied",
     "macs",
     "remove_",
+    "run_call",
     "summary",
+    "time_runs",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from diffratio.backbones import backbone_of
 from diffratio.cost.macs import BlockUse, Cost, Description
 from diffratio.cost.run import SamplingRun
+from diffratio.cost.table import LatencyTable, load_cost_table
 from diffratio.methods.actions import Reuse, Skip
 from diffratio.methods.base import (
     Method,
@@ -17,6 +20,7 @@ from diffratio.methods.base import (
     combined_cost,
     combined_use,
     get_method,
+    solve_for_budget,
 )
 from diffratio.surgery.state import attachment, is_applied
 
@@ -61,12 +65,23 @@ def for_budget(
     steps: int = 20,
     guidance: bool = True,
     run: SamplingRun | None = None,
+    table: LatencyTable | str | Path | None = None,
 ) -> MethodConfig:
     """The config of a method that costs within [budget - 0.01, budget] of the dense run.
 
+    Args:
+        method: registered name.
+        transformer: dense or converted.
+        budget: fraction of the dense run's MACs, or milliseconds with a table; lower keeps fewer tokens.
+        steps: shorthand for the backbone's default run of so many steps.
+        guidance: whether both guidance halves are computed.
+        run: the run itself, instead of the two above.
+        table: what `diffratio bench table` wrote for this model: the budget is then in its milliseconds.
+
     Raises:
         BudgetUnreachable: with the reachable range.
-        DiffratioError: unknown method, a budget outside (0, 1], or a method that needs guidance on a run without it.
+        DiffratioError: unknown method, a budget outside (0, 1], a method that needs guidance on a run without it, a
+            table of another model, or one for a method without a keep schedule.
 
     Example:
         >>> import diffratio
@@ -76,9 +91,11 @@ def for_budget(
     """
     cls, run = get_method(method), _run_of(transformer, steps, guidance, run)
     check_guidance(cls, run)
-    config = cls.for_budget(describe(transformer), run, check_budget(budget))
-    assert isinstance(config, MethodConfig)
-    return config
+    description, costs = describe(transformer), None
+    if table is not None:
+        found = table if isinstance(table, LatencyTable) else load_cost_table(table)
+        costs = found.require(description, run).costs(run)
+    return solve_for_budget(cls, description, run, check_budget(budget), costs)
 
 
 def summary(transformer: nn.Module, steps: int = 20, guidance: bool = True, run: SamplingRun | None = None) -> str:

@@ -17,11 +17,13 @@ from torch import nn
 from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
 from diffratio.checkpoint import load_skeleton, load_transformer
+from diffratio.cost.macs import CostTable, macs_table, ratio_table
 from diffratio.cost.run import Guidance, SamplingRun
+from diffratio.cost.table import LatencyTable, load_cost_table
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import atomic_file
-from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods
+from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods, solve_for_budget
 from diffratio.objectives import Objective, get_objective
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
@@ -51,9 +53,13 @@ def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
             value = float(value)
         if isinstance(default, tuple):
             value = tuple(value)
+        if default is None and (value is None or type(value) is str):
+            chosen[key] = value
+            continue
         if type(value) is not type(default):
             raise DiffratioError(
-                f"{section}.{key} is {value!r}, a {type(value).__name__}; it takes a {type(default).__name__}"
+                f"{section}.{key} is {value!r}, a {type(value).__name__}; it takes a "
+                f"{'str' if default is None else type(default).__name__}"
             )
         chosen[key] = value
     return cls(**chosen)
@@ -117,11 +123,14 @@ def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) ->
     run = budget_run(transformer, budget)
     for key in ("schedule", "start"):
         if isinstance(values.get(key), str):
-            found = read_schedule(values[key], name, transformer, run, budget.target, key)
+            costs = budget_costs(transformer, budget, run)
+            found = read_schedule(values[key], name, transformer, costs, budget.target, key)
             values |= {key if one == "schedule" else one: value for one, value in found.items()}
     given = {key: value for key, value in values.items() if value is not None}
     if cls.learned and name != "diffcr" and given.keys() <= {"name", "ranking"}:
-        config = cls.for_budget(backbone_of(transformer).describe(transformer), run, budget.target)
+        description = backbone_of(transformer).describe(transformer)
+        other = None if budget.unit == "macs" else budget_costs(transformer, budget, run)
+        config = solve_for_budget(cls, description, run, budget.target, other)
         return dataclasses.replace(config, **{key: value for key, value in given.items() if key != "name"})
     return config_from_json(given)
 
@@ -130,6 +139,30 @@ def budget_run(transformer: nn.Module, budget: BudgetSettings) -> SamplingRun:
     """The sampling run that a budget counts."""
     guidance: Guidance = "cfg" if budget.guidance else "none"
     return backbone_of(transformer).default_run(transformer, budget.steps, guidance)
+
+
+def budget_table(transformer: nn.Module, budget: BudgetSettings, run: SamplingRun) -> LatencyTable | None:
+    """The measured table that a budget in milliseconds counts on, None for other units.
+
+    Raises:
+        DiffratioError: no such table, or one of another model or grid.
+    """
+    if budget.unit != "latency":
+        return None
+    assert budget.table is not None
+    try:
+        return load_cost_table(budget.table).require(backbone_of(transformer).describe(transformer), run)
+    except DiffratioError as error:
+        raise DiffratioError(f"budget.table={budget.table}: {error}") from None
+
+
+def budget_costs(transformer: nn.Module, budget: BudgetSettings, run: SamplingRun) -> CostTable:
+    """The cost table of a run in the budget's unit."""
+    description = backbone_of(transformer).describe(transformer)
+    table = budget_table(transformer, budget, run)
+    if table is not None:
+        return table.costs(run)
+    return macs_table(description, run) if budget.unit == "macs" else ratio_table(description.layers, run)
 
 
 def build_objective(cfg: Config) -> Objective:
@@ -154,14 +187,21 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     schedule = getattr(method, "schedule", None)
     if isinstance(schedule, KeepSchedule):
         run = schedule.run
-    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, cfg["callbacks"]["probe_n"])
+    costs = budget_costs(transformer, budget, run)
+    if budget.unit == "latency" and isinstance(schedule, KeepSchedule) and schedule.alignment != costs.alignment:
+        raise DiffratioError(
+            f"method.schedule computes tokens in multiples of {schedule.alignment} and budget.table={budget.table} was "
+            f"timed in multiples of {costs.alignment}; `diffratio bench table alignment={schedule.alignment}`"
+        )
+    probe_n = cfg["callbacks"]["probe_n"]
+    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs)
     if module.learning_ratios:
         assert module.keep_ratios is not None
         lowest = module.projection.lowest(*module.keep_ratios.rho.shape)
         if budget.target < lowest:
             raise DiffratioError(
                 f"budget.target={budget.target:g} cannot be reached: with every keep ratio at 0.1 this model still "
-                f"costs {lowest:.3f} of the dense MACs; set budget.target to at least {lowest:.3f}"
+                f"costs {lowest:.3f} of the dense {budget.counted}; set budget.target to at least {lowest:.3f}"
             )
     return module
 

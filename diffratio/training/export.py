@@ -15,6 +15,7 @@ from diffratio.errors import DiffratioError
 from diffratio.objectives.validation import region_losses
 from diffratio.sampling.schedulers import make_scheduler
 from diffratio.training.build import build_data, build_module
+from diffratio.training.latency import with_own_table
 from diffratio.training.module import Training
 
 
@@ -44,7 +45,9 @@ def card_of(plain: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
             "seconds": result.get("seconds"),
         },
         "metrics": {
-            key: result[key] for key in ("val_loss", "val_loss_regions", "macs_fraction", "rounding") if result.get(key)
+            key: result[key]
+            for key in ("val_loss", "val_loss_regions", "macs_fraction", "rounding", "latency")
+            if result.get(key)
         },
         "licence": "Apache-2.0",
         "reproduce": f"diffratio train experiment={plain['name']} seed={plain['seed']}",
@@ -94,6 +97,7 @@ def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str
     if not path.is_file():
         raise DiffratioError(f"{str(folder)!r} has no checkpoint yet (checkpoints/last.ckpt); train it first")
     saved = read_resumable(path)
+    plain = with_own_table(plain, folder)
     data = build_data(plain)
     module = build_module(plain, data)
     module.on_load_checkpoint(saved)

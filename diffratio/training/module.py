@@ -38,6 +38,7 @@ class Training(LightningModule):
         run: the sampling run that the budget refers to.
         teacher: the frozen dense model, where there is distillation.
         probe_n: held-out pictures for the loss before and after rounding.
+        costs: cost table of the run in the budget's unit; None counts MACs.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Training(LightningModule):
         run: SamplingRun,
         teacher: nn.Module | None = None,
         probe_n: int = 100,
+        costs: CostTable | None = None,
     ) -> None:
         super().__init__()
         self.transformer, self.objective = transformer.train(), objective
@@ -58,8 +60,10 @@ class Training(LightningModule):
         self._teacher = [teacher.requires_grad_(False).eval()] if teacher is not None else []
         self.backbone = backbone_of(transformer)
         self.method = attachment(transformer).token_method
-        self.costs: CostTable = macs_table(self.method.description, run)
+        self.costs = costs or macs_table(self.method.description, run)
         self.keep_ratios = self.method.ratios if isinstance(self.method, DiffCRMethod) else None
+        if isinstance(self.method, DiffCRMethod) and self.keep_ratios is not None:
+            self.method.alignment = self.costs.alignment  # ratios are learned at the token counts that cost the budget
         self.projection = BudgetProjection(self.costs)
         self.begin = self.projection.fraction(self.keep_ratios) if self.keep_ratios is not None else 1.0
         shape = self.keep_ratios.rho.shape if self.keep_ratios is not None else (1, 1)
@@ -230,13 +234,15 @@ class Training(LightningModule):
         table = method.round_(self.costs, self.budget.target, self.harm.double().tolist())
         # a last bit that differs between machines must not give two processes two schedules
         method.bins = table = self.trainer.strategy.broadcast(table)
-        schedule = KeepSchedule(table, self.run, self.budget.target)
+        schedule = KeepSchedule.solved(table, self.costs, self.budget.target)
         after = self._probe(interpolated=False)
         self._fix(schedule)
-        fraction = self.costs.fraction(table)
-        self.rounding = {"loss_before": before, "loss_after": after, "macs": fraction, "step": float(step)}
+        fraction, macs = self.costs.fraction(table), method.macs(self.run).fraction
+        self.rounding = {"loss_before": before, "loss_after": after, "macs": macs, "step": float(step)}
+        if self.budget.unit != "macs":
+            self.rounding[self.budget.unit] = fraction
         self.print(
-            f"keep ratios frozen at step {step}: MACs {fraction:.4f} of dense "
+            f"keep ratios frozen at step {step}: {self.budget.counted} {fraction:.4f} of dense "
             f"(target {self.budget.target:g}), loss {before:.4f} before rounding, {after:.4f} after"
         )
         return schedule

@@ -128,7 +128,8 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         verify: held-out images on which the map's predictions are measured; 0 is off.
 
     Returns:
-        The reachable budgets, MACs by bin, parameters, a memory estimate in MiB and predicted errors.
+        The reachable budgets, MACs by bin (and milliseconds, where the budget counts them), parameters, a memory
+        estimate in MiB and predicted errors.
     """
     import torch
 
@@ -136,7 +137,16 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     from diffratio.cost.macs import macs_table
     from diffratio.methods.base import get_method
     from diffratio.routing.schedule import constant_table
-    from diffratio.training.build import budget_run, build_data, build_method, build_objective, build_transformer, typed
+    from diffratio.training.build import (
+        budget_costs,
+        budget_run,
+        budget_table,
+        build_data,
+        build_method,
+        build_objective,
+        build_transformer,
+        typed,
+    )
     from diffratio.training.schedules import predicted_errors
     from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
 
@@ -151,15 +161,27 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     method = build_method(plain, transformer, budget)
     description = backbone.describe(transformer)
     run = budget_run(transformer, budget)
-    costs = macs_table(description, run)
-    lowest = costs.fraction(constant_table(description.layers, 1, 1))
+    macs, costs = macs_table(description, run), budget_costs(transformer, budget, run)
+    lowest = costs.fraction(constant_table(description.layers, 1, costs.levels[0]))
     if get_method(method.method.name).learned and budget.target < lowest:
-        raise DiffratioError(f"budget.target={budget.target:g} is below the {lowest:.3f} that every bin at 1 costs")
+        raise DiffratioError(
+            f"budget.target={budget.target:g} is below the {lowest:.3f} that every bin at {costs.levels[0]} costs"
+        )
     parameters = sum(p.numel() for p in transformer.parameters())
     batch, tokens = plain["data"]["batch_size"], run.grid.tokens
     # weights, gradients, two Adam moments and the average in fp32; about 34 channels' worth of activations a block
     state = parameters * 4 * 5
     activations = batch * tokens * description.width * 34 * description.layers * 2
+    table, milliseconds = budget_table(transformer, budget, run), {}
+    if table is not None:
+        milliseconds["milliseconds"] = {
+            "device": table.device,
+            "batch": table.batch,
+            "dense_forward": costs.dense,
+            "dense_run": table.run_ms(run),
+            "block_by_bin": list(costs.cells[0]),
+            "allowed_bins": list(costs.allowed_bins),
+        }
     predicted = {}
     if sensitivity:
         weights = build_transformer(plain, data)
@@ -174,12 +196,13 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         "tokens": tokens,
         "layers": description.layers,
         "parameters": parameters,
-        "budget": {"target": budget.target, "reachable": [lowest, 1.0]},
+        "budget": {"target": budget.target, "unit": budget.unit, "reachable": [lowest, 1.0]},
         "macs": {
             "dense_forward": description.dense(run) // (run.steps * run.halves),
             "dense_run": description.dense(run),
-            "block_by_bin": [int(value) for value in costs.cells[0]],
+            "block_by_bin": [int(value) for value in macs.cells[0]],
         },
+        **milliseconds,
         "memory_mib": {"state": round(state / 2**20), "activations": round(activations / 2**20)},
         **predicted,
     }
@@ -238,6 +261,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     from diffratio.training.build import build_data, build_module, build_trainer
     from diffratio.training.export import read_resumable
+    from diffratio.training.latency import keep_table, with_own_table
 
     plain = plain_config(cfg)
     started = time.perf_counter()
@@ -257,6 +281,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         )
     if resume is not None:
         read_resumable(Path(resume))
+        plain = with_own_table(plain, folder)
     data = build_data(plain)
     module = build_module(plain, data)
     for loader in (data.train_dataloader, data.val_dataloader):  # a damaged picture shows before anything is written
@@ -271,6 +296,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if getattr(rank_zero_only, "rank", 0) == 0:
         with atomic_file(writable_folder(folder) / CONFIG_FILE) as path:
             path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        keep_table(plain, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_EXPECTED)
         try:
@@ -289,8 +315,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seconds: float) -> dict[str, Any]:
     """Puts the average in, measures the last validation loss and exports."""
+    from diffratio.training.build import budget_table
     from diffratio.training.callbacks import WeightAverage
     from diffratio.training.export import card_of, export_module, final_losses
+    from diffratio.training.latency import in_words, promised, reached
 
     for callback in trainer.callbacks:
         if isinstance(callback, WeightAverage):
@@ -308,6 +336,8 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
         "class_names": names if len(names) == plain["data"]["num_classes"] else [],
         "macs_fraction": cost.fraction,
         "budget": plain["budget"]["target"],
+        "budget_unit": module.budget.unit,
+        "budget_fraction": module.costs.fraction(module.method.bins) if hasattr(module.method, "bins") else 1.0,
         "schedule": [list(row) for row in getattr(module.method, "bins", ())] or None,
         "rounding": module.rounding or None,
         "val_loss": float(losses.mean()),
@@ -315,8 +345,14 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "export": str(folder / "export"),
     }
+    table = budget_table(module.transformer, module.budget, module.run)
+    if table is not None:
+        result["latency"] = promised(module, table)
     if trainer.is_global_zero:
-        export_module(module, folder / "export", card_of(plain, result))
+        exported = export_module(module, folder / "export", card_of(plain, result))
+        if table is not None:
+            result["latency"] |= reached(exported, module, table, str(trainer.strategy.root_device))
+            print(in_words(result["latency"]))
     return result
 
 

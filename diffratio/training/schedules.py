@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
-from diffratio.cost.macs import macs_table
+from diffratio.cost.macs import CostTable, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.files import read_json
@@ -22,7 +22,7 @@ _RULES = ("mod", "hand")
 
 
 def read_schedule(
-    name: str, method: str, transformer: nn.Module, run: SamplingRun, budget: float, key: str = "schedule"
+    name: str, method: str, transformer: nn.Module, costs: CostTable, budget: float, key: str = "schedule"
 ) -> dict[str, Any]:
     """Values of a method's config from `method.schedule=NAME`.
 
@@ -30,8 +30,8 @@ def read_schedule(
         name: a keep schedule or routing.json (JSON), a sensitivity map, or a checkpoint that ships with a map.
         method: registered name; `block_drop` takes the map's order of blocks, every other one its schedule.
         transformer: dense; on the meta device its weights are not compared with the map's.
-        run: the run that the budget counts.
-        budget: fraction of its dense MACs, for which a map is solved.
+        costs: cost table of the run that the budget counts, in the budget's unit.
+        budget: fraction of that run's dense cost, for which a map is solved.
         key: of the method's config that names it, for messages.
 
     Raises:
@@ -47,12 +47,13 @@ def read_schedule(
             )
         document = read_json(path, f"method.{key}")
         return {"schedule": document.get("method", document).get("schedule", document)}
-    found = required_map(path, transformer, run)
+    found = required_map(path, transformer, costs.run)
     description = backbone_of(transformer).describe(transformer)
+    given = None if costs.unit == "macs" else costs
     if method == "block_drop":
-        solved = config_to_json(BlockDropMethod.for_budget(description, run, budget, found.block_order()))
-        return {key: value for key, value in solved.items() if key != "name"}
-    return {"schedule": found.schedule(description, budget)}
+        config = BlockDropMethod.for_budget(description, costs.run, budget, found.block_order(), costs=given)
+        return {key: value for key, value in config_to_json(config).items() if key != "name"}
+    return {"schedule": found.schedule(description, budget, costs=given)}
 
 
 def predicted_errors(

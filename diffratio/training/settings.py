@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffratio.cost.macs import UNITS
 from diffratio.errors import DiffratioError, unknown
 from diffratio.methods.base import check_budget
 from diffratio.objectives.draws import TIMESTEPS
@@ -17,7 +18,10 @@ class BudgetSettings:
     """What a learned schedule may cost.
 
     Args:
-        target: fraction of the dense run's MACs; lower keeps fewer tokens.
+        target: fraction of the dense run's cost in this unit; lower keeps fewer tokens.
+        unit: what is counted: `macs`, `latency` (milliseconds of a cost table) or `mean_ratio` (the mean keep ratio, as
+            published).
+        table: file of the cost table that `latency` counts in, as `diffratio bench table` writes it.
         steps: sampling steps of the run that the budget refers to.
         guidance: whether that run has both guidance halves.
         anneal: fraction of the training steps over which the target falls from 1, or from what the ratios start at.
@@ -27,6 +31,8 @@ class BudgetSettings:
     """
 
     target: float = 0.8
+    unit: str = "macs"
+    table: str | None = None
     steps: int = 20
     guidance: bool = True
     anneal: float = 0.3
@@ -34,6 +40,15 @@ class BudgetSettings:
     weighting: str = "run"
 
     def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise unknown("budget.unit", self.unit, UNITS)
+        if self.unit == "latency" and not self.table:
+            raise DiffratioError(
+                "budget.unit=latency counts the milliseconds of a cost table: make one with "
+                "`diffratio bench table out=FILE.json` and give budget.table=FILE.json"
+            )
+        if self.unit != "latency" and self.table:
+            raise DiffratioError(f"budget.table={self.table!r} is for budget.unit=latency, and the unit is {self.unit}")
         if self.weighting not in WEIGHTINGS:
             raise unknown("budget.weighting", self.weighting, WEIGHTINGS)
         try:
@@ -50,12 +65,17 @@ class BudgetSettings:
         if self.freeze < self.anneal:
             raise DiffratioError(f"budget.freeze ({self.freeze}) lies before budget.anneal ({self.anneal})")
 
+    @property
+    def counted(self) -> str:
+        """What the unit is called in a sentence."""
+        return {"macs": "MACs", "latency": "milliseconds", "mean_ratio": "mean keep ratio"}[self.unit]
+
     def at(self, fraction: float, begin: float = 1.0) -> float:
         """The target at a fraction of the training.
 
         Args:
             fraction: of the steps, 0 at the start.
-            begin: MACs fraction that the ratios cost at the start.
+            begin: fraction that the ratios cost at the start.
         """
         if self.anneal == 0:
             return self.target

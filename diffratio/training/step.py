@@ -28,7 +28,7 @@ class TrainingStep:
     Args:
         module: what `build_module` returns; from now on it belongs to the step.
         device: where it runs.
-        target: MACs fraction that learned ratios are brought back onto after every step; unused otherwise.
+        target: fraction of the budget's unit that learned ratios are brought back onto after every step; else unused.
 
     Example:
         >>> from diffratio.training.build import build_data, build_module
@@ -110,6 +110,6 @@ def freeze_(module: Training, target: float) -> Training:
     method: Any = module.method
     assert module.learning_ratios
     table = method.round_(module.costs, target)
-    method.freeze_(KeepSchedule(table, module.run, target))
+    method.freeze_(KeepSchedule.solved(table, module.costs, target))
     drop_root_module_(module.transformer, "keep_ratios")
     return module

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from comparing import CARD, DATA, light, make_checkpoints, settings, timeless
+from cost_tables import latency_table
 
+import diffratio
 from diffratio import cli, surgery
 from diffratio.backbones import backbone_of
 from diffratio.checkpoint import export, load_transformer
@@ -48,6 +50,18 @@ def test_a_dry_run_tells_and_writes_nothing(checkpoints: dict[str, str], tmp_pat
     assert 0.79 <= rows["tome", 0.8]["macs_fraction"] <= 0.8
     assert plan["samples"] == 3 * 2 * 4 and plan["seconds"] > 0
     assert all(word in plan_text(plan) for word in ("unreachable", "24 samples", "mod"))
+
+
+def test_a_schedule_for_milliseconds_stands_at_its_macs(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    """A comparison's budgets are MACs: 0.7 of the milliseconds on some machine is not one."""
+    transformer: Any = load_transformer(checkpoints["tuned"])
+    times = latency_table((0.0, *(9.0 + bin_ / 10 for bin_ in range(10))), width=16, side=8)
+    surgery.apply_(transformer, diffratio.for_budget("mod", transformer, 0.95, steps=5, table=times))
+    folder = tmp_path / "timed"
+    export(transformer, folder, card=CARD | {"kind": "routed"}, scheduler=make_scheduler("flow_euler"))
+    config = settings(checkpoints, tmp_path / "out", dry_run=True, routed=[str(folder)], methods=[])
+    (row,) = (one for one in compare_from_config(config, DATA.held_out)["plan"]["arms"] if one["arm"] == "mod")
+    assert row["macs_fraction"] < 0.6 and row["budget"] - 0.01 <= row["macs_fraction"] <= row["budget"]
 
 
 def test_the_verb_takes_dry_run(

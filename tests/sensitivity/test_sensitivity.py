@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cost_tables import STEP_BINS, latency_table
 from torch import Tensor, nn
 
 import diffratio
@@ -185,6 +186,18 @@ def test_schedules_meet_their_budget(found: Sensitivity) -> None:
         assert best <= found.model.error(schedule.bins) + 1e-12 or costs.fraction(schedule.bins) < budget
     with pytest.raises(BudgetUnreachable, match="--lowest"):
         found.schedule(description, 0.3)
+
+
+def test_schedules_for_milliseconds_use_bins_that_pay(found: Sensitivity) -> None:
+    description = describe(transformer_of())
+    costs = latency_table(width=description.width).require(description, RUN).costs(RUN)
+    for budget in (0.9, 0.6):
+        schedule = found.schedule(description, budget, costs=costs)
+        assert {bin_ for row in schedule.bins for bin_ in row} <= set(STEP_BINS)
+        assert costs.fraction(schedule.bins) <= budget and schedule.unit == "latency"
+        assert found.model.error(schedule.bins) == found.model.error(allocate(found.model, costs, budget))
+    with pytest.raises(BudgetUnreachable, match="measured cannot reach a budget of 0.01"):
+        found.schedule(description, 0.01, costs=costs)
 
 
 def test_errors_of_finer_and_coarser_tables(found: Sensitivity) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +195,8 @@ def _routed(
     seed = None if one.seed < 0 else one.seed
     schedule = getattr(config, "schedule", None)
     budget = one.budget or (schedule.budget if schedule else 1.0)
+    if not one.budget and schedule and schedule.unit != "macs":  # a comparison's budgets are MACs
+        budget = min(1.0, math.ceil(100 * surgery.macs(pipe.transformer, run=run).fraction) / 100)
     taken = {c.arm.name for c in found if c.budget == budget and (seed is None or c.seed in (None, seed))}
     name = one.name or config.method.name
     name = _unique(f"{name}_finetuned" if name in untrained else name, taken)  # its untrained arm has the plain name
