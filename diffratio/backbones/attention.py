@@ -34,6 +34,7 @@ class IndexedAttention:
         query_index: Tensor | None = None,
         key_index: Tensor | None = None,
         key_bias: Tensor | None = None,
+        nested: Tensor | None = None,
     ) -> Tensor:
         """Attention output of the chosen queries.
 
@@ -45,11 +46,18 @@ class IndexedAttention:
             temb: stock behaviour.
             query_index: tokens that are queries, (B or 1, Q); None takes all.
             key_index: tokens that are keys and values, (B or 1, M); None takes all.
-            key_bias: added to the logits of each chosen key in float32, (B or 1, M).
+            key_bias: added to the logits of each chosen key in float32 (float64 for such input), (B or 1, M).
+            nested: the input holds K tokens and after them L of the same again, and these are their places among the
+                K, (B, L). Both sets attend each to itself, on queries, keys and values that are projected once. Not
+                with an index or a bias.
 
         Returns:
             (B, Q, C).
         """
+        if nested is not None:
+            if not (query_index is None and key_index is None and key_bias is None and attention_mask is None):
+                raise DiffratioError("nested sets of tokens attend without index, bias and mask")
+            return _nested(attn, hidden_states, nested)
         if query_index is None and key_index is None and key_bias is None:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if encoder_hidden_states is not None or attention_mask is not None:
@@ -63,19 +71,42 @@ class IndexedAttention:
 
 def _biased(attn: Any, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     """Attention of (B, Q, C) to (B, M, C) with the logits of every key raised by its bias (B or 1, M)."""
-
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, tokens, head_dim)
-
-    q, k, v = heads(attn.to_q(queries)), heads(attn.to_k(keys)), heads(attn.to_v(keys))
-    q = q if attn.norm_q is None else attn.norm_q(q)
-    k = k if attn.norm_k is None else attn.norm_k(k)
+    q, k, v = _projected(attn, queries, keys)
+    wide = torch.promote_types(q.dtype, torch.float32)
     # the fused kernel takes a bias of the queries' type alone: half precision would round log-weights to three digits
     with torch.autocast(q.device.type, enabled=False):
-        mask = bias.float()[:, None, None, :].expand(-1, 1, q.shape[2], -1)
-        y = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    y = y.transpose(1, 2).flatten(2).to(q.dtype)
-    return attn.to_out[1](attn.to_out[0](y)) / attn.rescale_output_factor
+        mask = bias.to(wide)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+        y = functional.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask)
+    return _out(attn, y.transpose(1, 2).flatten(2).to(q.dtype))
+
+
+def _nested(attn: Any, x: Tensor, nested: Tensor) -> Tensor:
+    """Attention in (B, K + L, C) of the first K tokens among themselves, and of the last L among themselves."""
+    large = x.shape[1] - nested.shape[1]
+    q, k, v = _projected(attn, x[:, :large], x[:, :large])  # (B, heads, K, head_dim)
+    of_large = functional.scaled_dot_product_attention(q, k, v)
+    # normed queries and keys are per token too, so the nested set's are those of the same tokens
+    tokens_first = (one.transpose(1, 2) for one in (q, k, v))  # (B, K, heads, head_dim)
+    q, k, v = (gather_tokens(one, nested).transpose(1, 2) for one in tokens_first)
+    of_nested = functional.scaled_dot_product_attention(q, k, v)
+    return _out(attn, torch.cat([of_large.transpose(1, 2).flatten(2), of_nested.transpose(1, 2).flatten(2)], 1))
+
+
+def _projected(attn: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by head, (B, heads, tokens, head_dim), normed where the module does."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+    q, k, v = heads(attn.to_q(queries)), heads(attn.to_k(keys)), heads(attn.to_v(keys))
+    return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k), v
+
+
+def _out(attn: Any, y: Tensor) -> Tensor:
+    """The output projection of (B, tokens, C)."""
+    y = attn.to_out[1](attn.to_out[0](y)) / attn.rescale_output_factor
+    assert isinstance(y, Tensor)
+    return y
 
 
 def attention_modules(blocks: Iterable[nn.Module], path: str) -> list[Any]:

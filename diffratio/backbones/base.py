@@ -31,6 +31,8 @@ class Backbone(ABC):
         streams: names of the block arguments that a block returns, in the order in which it returns them.
         batched: names of the transformer's own arguments with one entry a sample.
         guidance_order: how the family's pipelines batch the guidance halves; `one` where there are none.
+        attention: name of the block argument, a dictionary, whose entries reach the processors that
+            `index_attention_` puts in; None where the family has none.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,7 @@ class Backbone(ABC):
     streams: ClassVar[tuple[str, ...]] = ("hidden_states",)
     batched: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep")
     guidance_order: ClassVar[Halves] = "cond_first"
+    attention: ClassVar[str | None] = None
 
     @abstractmethod
     def matches(self, transformer: nn.Module) -> bool:

@@ -28,6 +28,7 @@ class DiT(Backbone):
     per_sample = ("timestep", "class_labels")
     sites = {"self_attention": "attn1", "feed_forward": "ff"}
     batched = ("hidden_states", "timestep", "class_labels")
+    attention = "cross_attention_kwargs"
 
     def matches(self, transformer: nn.Module) -> bool:
         """Whether it is diffusers' class, converted in place or not."""

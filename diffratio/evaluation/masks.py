@@ -140,16 +140,16 @@ class _TracedCall(BlockCall):
     record: Any = None
     samples: Any = None
 
-    def __call__(self, plan: Plan | None = None) -> Tensor:
+    def __call__(self, plan: Plan | None = None, **attention: Tensor) -> Tensor:
         tokens = torch.arange(self.x.shape[1], device=self.x.device)[None]
         self.record.index = tokens if plan is None else plan.take(tokens)
         self.record.site_plans.clear()
-        result = super().__call__(plan)
+        result = super().__call__(plan, **attention)
         self.record.add(self.samples)
         return result
 
-    def select(self, samples: Tensor) -> BlockCall:
-        part = super().select(samples)
+    def select(self, samples: Tensor, hidden: bool = True) -> BlockCall:
+        part = super().select(samples, hidden)
         assert isinstance(part, _TracedCall)
         return dataclasses.replace(part, samples=self.samples[samples.to(self.samples.device)])
 

@@ -50,6 +50,8 @@ class BlockCall:
         hidden: name of the image-token argument.
         per_token: names of arguments with one entry an image token.
         per_sample: names of arguments with one entry a sample.
+        attention: name of the argument, a dictionary, whose entries reach the family's own attention processor; None
+            where the processors are not ours.
     """
 
     inner: Callable[..., Tensor]
@@ -57,6 +59,7 @@ class BlockCall:
     hidden: str
     per_token: tuple[str, ...]
     per_sample: tuple[str, ...]
+    attention: str | None = None
 
     @property
     def x(self) -> Tensor:
@@ -65,21 +68,42 @@ class BlockCall:
         assert isinstance(x, Tensor)
         return x
 
-    def __call__(self, plan: Plan | None = None) -> Tensor:
-        """Runs the block on the plan's tokens -> (B, K, C); without a plan on all of them."""
-        if plan is None:
-            return self.inner(**self.arguments)
-        arguments = dict(self.arguments)
-        arguments[self.hidden] = plan.reduce(self.x)
+    def __call__(self, plan: Plan | None = None, **attention: Tensor) -> Tensor:
+        """Runs the block on the plan's tokens -> (B, K, C); without a plan on all of them.
+
+        Args:
+            plan: which tokens.
+            **attention: for the family's own attention processor: `key_bias` (B, K), added to the logits of each key;
+                or `nested` (B, L), where the last L tokens are some of the others again and both sets keep apart.
+
+        Raises:
+            DiffratioError: such an entry, and the attention processors are not ours.
+        """
+        arguments = self.arguments if plan is None else self.reduced(plan.reduce(self.x), plan).arguments
+        if not attention:
+            return self.inner(**arguments)
+        if self.attention is None:
+            raise DiffratioError(f"this transformer's attention processors are not ours: no {', '.join(attention)}")
+        given = {**(arguments.get(self.attention) or {}), **attention}
+        return self.inner(**{**arguments, self.attention: given})
+
+    def reduced(self, x: Tensor, plan: Plan) -> BlockCall:
+        """The same block on a plan's tokens, of which x (B, K, C) is the content."""
+        arguments = {**self.arguments, self.hidden: x}
         for name in self.per_token:
             if isinstance(arguments.get(name), Tensor):
                 arguments[name] = plan.take(arguments[name])
-        return self.inner(**arguments)
+        return dataclasses.replace(self, arguments=arguments)
 
-    def select(self, samples: Tensor) -> BlockCall:
-        """The same block for some of the samples, given by index (b,)."""
+    def select(self, samples: Tensor, hidden: bool = True) -> BlockCall:
+        """The same block for some of the samples, given by index (b,).
+
+        Args:
+            samples: their indices.
+            hidden: whether the image tokens are selected too; not, where `reduced` replaces them next.
+        """
         arguments, batch = dict(self.arguments), self.x.shape[0]
-        for name in (self.hidden, *self.per_token, *self.per_sample):
+        for name in (*((self.hidden,) if hidden else ()), *self.per_token, *self.per_sample):
             value = arguments.get(name)
             if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
                 arguments[name] = value.index_select(0, samples)
@@ -96,7 +120,9 @@ class Method:
         token_level: reduces tokens; two such methods cannot share a transformer.
         learned: adds parameters.
         needs_guidance: works on the guidance halves; a run without guidance is an error.
-        indexes_attention: its attention plans choose queries and keys separately (`AttentionPlan`).
+        indexes_attention: it needs the family's own attention processors: its attention plans choose queries and keys
+            separately (`AttentionPlan`), or it calls blocks with a key bias.
+        nests_attention: it is faster with them (nested sets of tokens), and gives the same without.
         takes_costs: its `for_budget` also takes `costs=`, a cost table in another unit than MACs.
     """
 
@@ -106,7 +132,8 @@ class Method:
     token_level: ClassVar[bool] = True
     learned: ClassVar[bool] = False
     needs_guidance: ClassVar[bool] = False
-    indexes_attention: ClassVar[bool] = False
+    indexes_attention: bool = False
+    nests_attention: bool = False
     takes_costs: ClassVar[bool] = False
 
     def __init__(self, config: Any, description: Description) -> None:

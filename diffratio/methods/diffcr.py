@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,12 +11,12 @@ from diffratio.cost.macs import CostTable, Description
 from diffratio.cost.run import SamplingRun, StepContext
 from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
 from diffratio.methods.base import BlockCall, check_budget, register
-from diffratio.methods.routed import RoutedConfig, RoutedMethod, grouped
+from diffratio.methods.estimators import Pair, exact, in_groups, one_sample, soft
+from diffratio.methods.routed import RoutedConfig, RoutedMethod
 from diffratio.routing.ratios import Bracket, KeepRatios, bracket
-from diffratio.routing.router import ranking
 from diffratio.routing.schedule import KeepSchedule, Table, constant_table, round_to_budget
 
-ESTIMATORS = ("grouped", "loop")
+ESTIMATORS = ("grouped", "soft", "loop")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class DiffCR(RoutedConfig):
     Args:
         regions: noise-level regions R; 1 learns one ratio a layer. A schedule brings its own.
         estimator: how a batch is run while ratios are learned. `grouped`: samples with the same two bins run together,
-            exact. `loop`: one sample at a time, the oracle of the tests.
+            exact. `soft`: one pass at the upper bin, whose extra tokens count by the weight; equal on the bins,
+            approximate between them, about half of the cost. `loop`: one sample at a time, the oracle of the tests.
         start: a schedule at whose bins the ratios start, instead of at 1 everywhere; it brings its own regions. From
             there they are learned, where `schedule` fixes them.
     """
@@ -65,6 +65,9 @@ class DiffCRMethod(RoutedMethod):
     def __init__(self, config: DiffCR, description: Description) -> None:
         super().__init__(config, description)
         self.ratios = None if config.schedule else self._first_ratios(config, description.layers)
+        learning = self.ratios is not None
+        self.indexes_attention = learning and config.estimator == "soft"  # its boundary keys carry a bias
+        self.nests_attention = learning and config.estimator == "grouped"
         self.interpolate_in_eval = False
         self.interpolating = False
         self.brackets: list[list[Bracket]] = []
@@ -103,29 +106,27 @@ class DiffCRMethod(RoutedMethod):
         """Interpolated while the ratios are learned, by the table otherwise."""
         if not self.interpolating or self.ratios is None:
             return super().run_block(layer, call, ctx)
-        batch, row = call.x.shape[0], self.brackets[layer]
+        (batch, tokens, _), row = call.x.shape, self.brackets[layer]
         each = self.regions.each if self.regions.shared is None else (self.regions.shared,) * batch
         regions = torch.tensor(each, device=call.x.device)
         weights = self.ratios.weight(layer, regions, row)  # (B,)
-        return _ESTIMATORS[self.config.estimator](self, layer, call, [row[region] for region in each], weights)
-
-    def interpolated(self, layer: int, call: BlockCall, at: Bracket, weight: Tensor) -> Tensor:
-        """Both passes for samples of one bracket, whose weights (b,) may differ by region.
-
-        The derivative in the ratio needs the second pass even where the value does not, so it is skipped only where
-        nothing learns and the weights sit on a bin.
-        """
-        tokens = call.x.shape[1]
+        pairs = [self._pair(row[region], tokens, weights.requires_grad) for region in each]
         logits = self.routers[layer](call.x)
-        ranked = ranking(logits)
-        low, high = self.keep(at.lower, tokens), self.keep(at.upper, tokens)
-        upper = self.run_best(layer, call, logits, ranked, high)
-        if not weight.requires_grad and (low == high or at.weight == 1.0):
-            return upper
-        # equal numbers of tokens: neutral, but the ratios stay in the graph, as DDP needs
-        lower = upper if low == high else self.run_best(layer, call, logits, ranked, low)
-        dtype = torch.promote_types(lower.dtype, upper.dtype)
-        return torch.lerp(lower.to(dtype), upper.to(dtype), weight[:, None, None].to(dtype))
+        if self.config.estimator == "soft":
+            return in_groups(call, logits, pairs, weights, soft, twice=False)
+        if self.config.estimator == "grouped":
+            return in_groups(call, logits, pairs, weights, exact, twice=True)
+        samples = torch.arange(batch, device=weights.device).split(1)
+        return torch.cat(
+            [
+                one_sample(call.select(one), logits[i : i + 1], pairs[i], weights[i : i + 1])
+                for i, one in enumerate(samples)
+            ]
+        )
+
+    def _pair(self, at: Bracket, tokens: int, learning: bool) -> Pair:
+        """The derivative in a ratio needs both bins even where its value is one of them."""
+        return Pair(self.keep(at.lower, tokens), self.keep(at.upper, tokens), at.weight == 1.0 and not learning)
 
     @classmethod
     def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> DiffCR:
@@ -138,31 +139,3 @@ class DiffCRMethod(RoutedMethod):
             hint = "its ratios are learned: train with budget.target, or give a schedule or a routed checkpoint"
             raise BudgetUnreachable(cls.name, budget, (1.0, 1.0), hint)
         return DiffCR()
-
-
-def _grouped(method: DiffCRMethod, layer: int, call: BlockCall, at: list[Bracket], weights: Tensor) -> Tensor:
-    """Samples of equal bins (whatever their weights) run together."""
-    keys = [(bracket_.lower, bracket_.upper, bracket_.weight == 1.0) for bracket_ in at]
-    where: dict[tuple[int, int, bool], list[int]] = {}
-    for sample, key in enumerate(keys):
-        where.setdefault(key, []).append(sample)
-
-    def run(part: BlockCall, key: tuple[int, int, bool]) -> Tensor:
-        members = torch.tensor(where[key], device=weights.device)
-        return method.interpolated(layer, part, at[where[key][0]], weights[members])
-
-    return grouped(call, keys, run)
-
-
-def _loop(method: DiffCRMethod, layer: int, call: BlockCall, at: list[Bracket], weights: Tensor) -> Tensor:
-    """One sample at a time: slow, and too simple to be wrong."""
-    samples = torch.arange(len(at), device=weights.device)
-    return torch.cat(
-        [method.interpolated(layer, call.select(samples[i : i + 1]), at[i], weights[i : i + 1]) for i in range(len(at))]
-    )
-
-
-_ESTIMATORS: dict[str, Callable[[DiffCRMethod, int, BlockCall, list[Bracket], Tensor], Tensor]] = {
-    "grouped": _grouped,
-    "loop": _loop,
-}

@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from diffratio.backbones import backbone_of
+from diffratio.backbones import Backbone, backbone_of
 from diffratio.errors import DiffratioError
 from diffratio.methods.base import Method, MethodConfig
 from diffratio.surgery.modules import BlockMixin, SiteMixin, TransformerMixin
 from diffratio.surgery.pipelines import detach_
-from diffratio.surgery.state import Attachment, attachment, is_applied
+from diffratio.surgery.state import ATTENTION, Attachment, attachment, is_applied
 from diffratio.surgery.swap import swap, unswap
-
-_ATTENTION = "attention"  # in what was prepared: the processors that ours stand for
 
 
 def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed: int = 0) -> Any:
@@ -67,8 +65,8 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
                 f"{state.token_method.name}: backbone {backbone.name} has no site {site!r}; "
                 f"it has {', '.join(backbone.sites)}"
             )
-    attention = backbone.index_attention_(transformer) if state.token_method.indexes_attention else None
-    state.prepared = backbone.prepare_(transformer) | {_ATTENTION: attention}
+    attention = _own_attention_(backbone, transformer, state.token_method)
+    state.prepared = backbone.prepare_(transformer) | {ATTENTION: attention}
     reference = next(transformer.parameters())
     for layer, block in enumerate(backbone.blocks(transformer)):
         for site in sites:
@@ -82,6 +80,18 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
             state.added += (name,)
     swap(transformer, TransformerMixin, state)
     return transformer
+
+
+def _own_attention_(backbone: Backbone, transformer: nn.Module, method: Method) -> Any:
+    """Puts our attention processors in; the ones that were there, or None where the method goes on with those."""
+    if not (method.indexes_attention or method.nests_attention):
+        return None
+    try:
+        return backbone.index_attention_(transformer)
+    except DiffratioError:
+        if method.indexes_attention:
+            raise
+        return None
 
 
 def _goes_on_top(config: object, present: Sequence[Method]) -> bool:
@@ -112,8 +122,8 @@ def remove_(transformer: Any) -> Any:
             for block in state.backbone.blocks(transformer):
                 del block.router
     state.backbone.undo_(transformer, state.prepared)
-    if state.prepared[_ATTENTION] is not None:
-        state.backbone.plain_attention_(transformer, state.prepared[_ATTENTION])
+    if state.prepared[ATTENTION] is not None:
+        state.backbone.plain_attention_(transformer, state.prepared[ATTENTION])
     for module in list(transformer.modules()):
         unswap(module)
     return transformer

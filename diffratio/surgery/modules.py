@@ -83,7 +83,8 @@ class BlockMixin(Converted):
                 return _joined(entering)
             return _joined(state.memory.skip(state.action, entering, context.halves))
         inner = super().forward if state.compile_options is None else _compiled(base, self, state)  # type: ignore[misc]
-        call = BlockCall(inner, arguments, backbone.hidden, backbone.per_token, backbone.per_sample)
+        attention = backbone.attention if state.owns_attention else None
+        call = BlockCall(inner, arguments, backbone.hidden, backbone.per_token, backbone.per_sample, attention)
         if not state.memory.ranges or state.action is not None or context.run is None:
             return state.token_method.run_block(layer, call, context)
         state.memory.enter(layer, entering)

@@ -16,6 +16,7 @@ from diffratio.surgery.memory import StepMemory
 from diffratio.surgery.swap import STATE
 from diffratio.tokens.grid import TokenGrid
 
+ATTENTION = "attention"  # in what was prepared: the processors that ours stand for
 BATCHED: tuple[Halves, ...] = ("cond_first", "uncond_first")
 
 
@@ -55,6 +56,11 @@ class Attachment:
             [*methods, *self.methods],
             key=lambda method: (method.token_level, type(method).adapt is Method.adapt),
         )
+
+    @property
+    def owns_attention(self) -> bool:
+        """Whether the transformer's attention processors are ours."""
+        return self.prepared.get(ATTENTION) is not None
 
     @property
     def token_method(self) -> Method:

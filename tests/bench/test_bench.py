@@ -74,10 +74,10 @@ def test_methods_out_of_reach_are_rows_with_the_reason(capsys: pytest.CaptureFix
 def test_training_times_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["backbone=dit_fashion", "backbone.config.num_layers=2", "backbone.config.num_attention_heads=1"]
     quoted = ",".join(f"'{one}'" for one in ["objective.distill=0", *tiny])
-    found = bench(capsys, "training", f"overrides=[{quoted}]", "batches=[2]")
+    found = bench(capsys, "training", f"overrides=[{quoted}]", "batches=[2]", "loop=true")
     assert "distillation off" in found["rows"][0]["group"]
     by = found["by"]
-    estimators = [name for name in ESTIMATORS if name != "loop"]
+    estimators = ESTIMATORS
     phases = [f"diffcr {name}, {phase}" for name in estimators for phase in ("start", "on target", "whole run")]
     assert set(by) == {"dense", "mod", "hand", "diffcr, frozen", *phases}
     for name in estimators:
@@ -86,6 +86,7 @@ def test_training_times_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
         parts = (start["time_fraction"], learning["time_fraction"], frozen["time_fraction"])
         assert whole["time_fraction"] == pytest.approx(0.15 * parts[0] + 0.25 * parts[1] + 0.6 * parts[2])
         assert whole["status"] == "derived"
+        assert {"grouped": "exact", "soft": "one pass", "loop": "one sample at a time"}[name] in learning["note"]
     assert 0.79 <= by["diffcr, frozen"]["macs_fraction"] <= 0.8
     assert all(row["efficiency"] is None for row in found["rows"])
 

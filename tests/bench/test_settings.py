@@ -54,6 +54,7 @@ def test_lists_become_tuples_and_keep_ratios_bins() -> None:
         (RoutingSettings, {"width": 70}, "multiple of 8"),
         (RoutingSettings, {"modes": ["jit"]}, "unknown mode 'jit'"),
         (TrainingSettings, {"spread": 2.0}, "outside [0, 0.9]"),
+        (TrainingSettings, {"loop": 1}, "loop=1: it takes one bool"),
         (TrainingSettings, {"batches": [0]}, "batches=0 must be at least 1"),
         (MethodsSettings, {"budget": 1.5}, "outside (0, 1]"),
         (MethodsSettings, {"peers": ["tomsd"]}, "did you mean tomesd"),

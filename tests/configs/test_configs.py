@@ -175,7 +175,7 @@ def test_unknown_names_are_one_line(overrides: list[str], message: str) -> None:
         ("objective.distill=-1", "must not be negative"),
         ("objective.timesteps=all", "known are iid, one_region, stratified"),
         ("method.regions=0", "1..1000"),
-        ("method.estimator=fast", "known are grouped, loop"),
+        ("method.estimator=fast", "known are grouped, loop, soft"),
         ("+method.keep=0.5", "unknown key of method 'diffcr' 'keep'"),
         ("backbone.name=dot", "did you mean dit"),
         ("backbone.source=null", "needs a source"),

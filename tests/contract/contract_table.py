@@ -118,6 +118,14 @@ ROWS = [
         ratios=True,
         trains=True,
     ),
+    Row(
+        "diffcr learning, soft",
+        "diffcr",
+        lambda: diffratio.DiffCR(estimator="soft"),
+        lambda: diffratio.DiffCR(estimator="soft"),
+        ratios=True,
+        trains=True,
+    ),
     Row("fewer_steps", "fewer_steps", lambda: diffratio.FewerSteps(0.5), diffratio.FewerSteps, whole_run=True),
     Row(
         "guidance_interval",

@@ -72,7 +72,13 @@ def test_identity_where_nothing_is_reduced(row: Row, backbone: str, training: bo
     if training and row.method == "diffcr" and getattr(row.neutral(), "estimator", "") == "loop":
         batches = [inputs((level,)) for level in LEVELS]  # it computes sample by sample, which rounds differently
     for batch in batches:
-        assert torch.equal(forward(converted, batch), forward(dense, batch, pairs_halves(converted)))
+        expected = forward(dense, batch, pairs_halves(converted))
+        if (
+            training and getattr(row.neutral(), "estimator", "") == "soft"
+        ):  # attention with a bias of 0, by another kernel
+            torch.testing.assert_close(forward(converted, batch), expected, atol=1e-6, rtol=1e-5)
+        else:
+            assert torch.equal(forward(converted, batch), expected)
     if not training:
         for step in range(RUN.steps):
             assert torch.equal(forward(in_run(converted, RUN, step)), forward(dense, None, pairs_halves(converted)))

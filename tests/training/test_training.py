@@ -215,6 +215,8 @@ def test_distillation_starts_at_zero_and_leaves_the_teacher(
     [
         ["objective.timesteps=one_region"],
         ["objective.timesteps=iid", "method.estimator=loop"],
+        ["objective.timesteps=iid", "method.estimator=soft"],
+        ["objective.timesteps=one_region", "method.estimator=soft", "method.regions=1", "objective.distill=1.0"],
         ["method.regions=1"],
         ["method.regions=1", "objective.timesteps=one_region"],
         ["objective=noise"],
