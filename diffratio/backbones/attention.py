@@ -72,12 +72,31 @@ class IndexedAttention:
 def _biased(attn: Any, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     """Attention of (B, Q, C) to (B, M, C) with the logits of every key raised by its bias (B or 1, M)."""
     q, k, v = _projected(attn, queries, keys)
+    if bias.requires_grad and torch.is_grad_enabled():
+        y = _learning_bias(q, k, v, bias)
+        return _out(attn, y.transpose(1, 2).flatten(2))
     wide = torch.promote_types(q.dtype, torch.float32)
     # the fused kernel takes a bias of the queries' type alone: half precision would round log-weights to three digits
     with torch.autocast(q.device.type, enabled=False):
         mask = bias.to(wide)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
         y = functional.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask)
     return _out(attn, y.transpose(1, 2).flatten(2).to(q.dtype))
+
+
+def _learning_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention by head with a bias that gets gradient: fused kernels have none for a mask, so it is one more channel.
+
+    Queries hold 1 there and keys the bias. In half precision a second channel holds what rounding the first one lost.
+    """
+    scale = q.shape[-1] ** -0.5
+    rest = (bias / scale)[:, None, :, None].expand(k.shape[0], k.shape[1], -1, -1)  # (B, heads, M, 1)
+    channels = [rest.to(k.dtype)]
+    if k.dtype.itemsize < 4:
+        channels.append((rest - channels[0]).to(k.dtype))
+    more, head_dim = len(channels), q.shape[-1]
+    q, k = torch.cat([q, q.new_ones(*q.shape[:-1], more)], -1), torch.cat([k, *channels], -1)
+    y = functional.scaled_dot_product_attention(q, k, functional.pad(v, (0, more)), scale=scale)
+    return y[..., :head_dim]
 
 
 def _nested(attn: Any, x: Tensor, nested: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import diffratio
 from diffratio.backbones import get_backbone
-from diffratio.backbones.attention import IndexedAttention
+from diffratio.backbones.attention import IndexedAttention, _learning_bias
 from diffratio.errors import DiffratioError
 
 X = torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(2))
@@ -105,6 +105,30 @@ def test_gradients_reach_the_bias_and_the_tokens() -> None:
     ours(x, key_bias=bias).square().sum().backward()
     assert bias.grad is not None and bias.grad.abs().max() > 0
     assert x.grad is not None and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 3e-5), (torch.bfloat16, 2e-2)])
+def test_a_learning_bias_is_the_same_bias(dtype: torch.dtype, close: float) -> None:
+    """It travels as a channel of the keys; value and gradients are those of an added bias."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(3, 2, 10, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+    bias = torch.tensor([[0.0, -69.1, -8.001, -8.02, -0.1, 0, 0, -1e-3, -3.0, 0]] * 3)
+    bias[1] = torch.tensor([-69.11, -68.9] + [-90.0] * 8)  # the two that matter are one number in bf16
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
+    for answers, wide in ((found, dtype), (expected, torch.float64)):
+        tokens = [one.to(wide).detach().clone().requires_grad_() for one in (q, k, v)]
+        of_bias = bias.to(torch.promote_types(wide, torch.float32)).clone().requires_grad_()
+        if answers is found:
+            y = _learning_bias(*tokens, of_bias)
+        else:
+            logits = tokens[0] @ tokens[1].transpose(-1, -2) / 8**0.5 + of_bias[:, None, None, :]
+            y = logits.softmax(-1) @ tokens[2]
+        y.double().sin().sum().backward()
+        answers += [y.double(), *(one.grad.double() for one in (*tokens, of_bias) if one.grad is not None)]
+    assert len(found) == len(expected) == 5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=close, rtol=close)
 
 
 def test_other_processors_are_not_replaced_silently() -> None:

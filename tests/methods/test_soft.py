@@ -130,9 +130,9 @@ def test_between_two_bins_it_goes_steadily_from_one_to_the_other() -> None:
     for step in range(21):
         table[1] = 0.5 + step / 200
         outputs.append(output_of(learning(table)))
-    steps = [float((b - a).norm()) for a, b in zip(outputs, outputs[1:], strict=False)]
-    away = [float((one - outputs[0]).norm()) for one in outputs]
-    left = [float((one - outputs[-1]).norm()) for one in outputs]
+    steps = [(b - a).norm().item() for a, b in zip(outputs, outputs[1:], strict=False)]
+    away = [(one - outputs[0]).norm().item() for one in outputs]
+    left = [(one - outputs[-1]).norm().item() for one in outputs]
     assert away == sorted(away) and left == sorted(left, reverse=True)
     assert max(steps[1:]) < 0.2 * away[-1]
     assert away[-1] > 0.1
