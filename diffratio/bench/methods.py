@@ -10,6 +10,7 @@ import torch
 from diffratio import surgery
 from diffratio.bench.models import compile_blocks_, counted_macs, shared_copy, wide_dit
 from diffratio.bench.peers import Fitted, fit
+from diffratio.bench.planning import plans
 from diffratio.bench.sampling import sampling_call, sampling_run
 from diffratio.bench.settings import BenchSettings, MethodsSettings
 from diffratio.bench.table import Row, Variant, measure
@@ -110,7 +111,9 @@ class _Bench:
             return Variant(None, facts=facts, status="unreachable", note=str(error))
         except DiffratioError as error:
             return Variant(None, facts=facts, status="cannot run", note=str(error))
-        return Variant(self.call(pipe, run.steps), fraction, facts={**facts, "config": repr(config)})
+        planners = [method for method in surgery.attachment(pipe.transformer).methods if plans(method)]
+        facts["config"] = repr(config)
+        return Variant(self.call(pipe, run.steps), fraction, facts=facts, planners=planners)
 
     def _applied(self, config: Any) -> tuple[Any, SamplingRun]:
         pipe = self.pipeline(surgery.apply_(shared_copy(self.transformer), config, self.settings.seed))

@@ -119,6 +119,8 @@ def _notes(kind: str, settings: BenchSettings, device: str, name: str) -> list[s
     ]
     if kind != "training":
         lines.append("efficiency = (1 - time) / (1 - MACs): 0 = no gain, 1 = all saved arithmetic became saved time.")
+    if kind == "methods":
+        lines.append("plans = time that scoring, sorting and matching take / the whole time, in calls of their own.")
     if kind == "routing":
         lines.append("overhead = median over repeats of routed / dense on k tokens, in the same repeat.")
     lines.append(f"memory = growth over one call, {memory}.")

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from diffratio.bench.planning import planning_share
 from diffratio.bench.settings import BenchSettings
 from diffratio.cost.latency import MIB, Timing, interleaved, peak_memory
 from diffratio.evaluation.metrics import efficiency
+from diffratio.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Variant:
         status: `measured`, or in a word or two why there is no call.
         note: more on that.
         scores: whether efficiency is defined (not for training, whose MACs are others).
+        planners: methods whose planning is timed on its own, after the loop.
     """
 
     call: Callable[[], object] | None
@@ -39,6 +42,7 @@ class Variant:
     status: str = "measured"
     note: str = ""
     scores: bool = True
+    planners: Sequence[Method] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Row:
         efficiency: (1 - time) / (1 - macs); 0 = no gain, 1 = all saved arithmetic became saved time.
         overhead: median over repeats of its time / that of the dense variant on k tokens.
         memory_mib: growth of memory over one call.
+        planning: time that making plans takes / its whole time; None where it makes none.
         status: `measured`, `derived`, or in a word or two why there is no figure.
         note: more on that.
         facts: further plain data.
@@ -67,6 +72,7 @@ class Row:
     efficiency: float | None = None
     overhead: float | None = None
     memory_mib: float | None = None
+    planning: float | None = None
     status: str = "measured"
     note: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -94,6 +100,7 @@ class Row:
             "efficiency": self.efficiency,
             "overhead": self.overhead,
             "peak_memory_growth_mib": self.memory_mib,
+            "planning_fraction": self.planning,
             **self.facts,
         }
 
@@ -121,8 +128,10 @@ def measure(group: str, variants: Mapping[str, Variant], settings: BenchSettings
     calls = {name: one.call for name, one in tried.items() if one.call is not None}
     times = interleaved(calls, settings.repeats, settings.warmup, device)
     memory = {name: memory_growth(call, device) for name, call in calls.items()}
+    watched = {name: tried[name].planners for name in calls}
+    planning = {name: planning_share(calls[name], methods, device) for name, methods in watched.items() if methods}
     return [
-        replace(_row(group, name, one, times), memory_mib=memory[name])
+        replace(_row(group, name, one, times), memory_mib=memory[name], planning=planning.get(name))
         if name in times
         else Row(group, name, one.macs, status=one.status, note=one.note, facts=one.facts)
         for name, one in tried.items()
@@ -186,6 +195,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("speed", lambda row: _number(row.speed, 3)),
     ("efficiency", lambda row: _number(row.efficiency, 2)),
     ("overhead", lambda row: _number(row.overhead, 3)),
+    ("plans", lambda row: "" if row.planning is None else f"{100 * row.planning:.1f} %"),
     ("memory MiB", lambda row: _number(row.memory_mib, 1)),
     ("repeats", lambda row: str(row.timing.repeats) if row.timing else "-"),
     ("status", lambda row: f"{row.status}: {row.note}" if row.note else row.status),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from diffratio.bench.methods import training_free
+from diffratio.bench.planning import planning_share
 from diffratio.catalog import METHODS
 from diffratio.cli import main
 from diffratio.methods.base import get_method
 from diffratio.methods.diffcr import ESTIMATORS
 
+PLANNING = ("tome", "tofu", "todo", "sdtm", "importance", "lite_uncond")
 FEW = ["debug=cpu", "repeats=1", "warmup=0", "threads=1", "--json"]
 
 
@@ -61,8 +64,33 @@ def test_methods_lists_every_training_free_method_and_every_peer(capsys: pytest.
         row = found["by"][name]
         assert row["note"] or row["status"] == "measured"
         assert row["status"] != "measured" or row["macs_fraction"] <= 0.8
+        planned = row["planning_fraction"]
+        assert (planned is None) == (name not in PLANNING or row["status"] != "measured")
+        assert planned is None or 0 < planned < 1
+    assert sum(row["planning_fraction"] is not None for row in found["rows"]) >= 3
     assert found["by"]["fewer_steps"]["macs_fraction"] == pytest.approx(0.8)
     assert found["by"]["peer sea_cache"]["status"] == "does not attach"
+
+
+def test_planning_is_timed_once_and_leaves_no_trace() -> None:
+    class Slow(get_method("tome")):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+        def begin_step(self, ctx: Any) -> None:
+            self.plan(0, "self_attention", torch.zeros(1), ctx)
+
+        def plan(self, layer: int, site: str, x: Any, ctx: Any) -> None:
+            time.sleep(0.02)
+
+    method = Slow()
+
+    def call() -> None:
+        method.begin_step(None)
+        time.sleep(0.06)
+
+    assert 0.15 < planning_share(call, [method], "cpu") < 0.35
+    assert not vars(method)
 
 
 def test_methods_out_of_reach_are_rows_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
