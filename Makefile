@@ -1,14 +1,16 @@
 # `make demo`: set up, then fine-tune, export, sample and compare on the embedded data.
 # `make test`: set up, then linter, types and tests.
+# `make bench`: set up, then every speed figure on this machine, its GPU where it has one; ARGS=debug=cpu for a quick look.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := outputs/demo
+BENCH  := outputs/bench
 SHELL  := /bin/bash
 # two processes on two cores stall each other when idle threads spin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: make PYTHON=python3.11"; exit 2; }
@@ -36,6 +38,12 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy diffratio train.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n auto --dist loadgroup
+
+# the other targets let idle threads sleep; here the machine is ours
+bench: $(VENV)/.demo
+	@set -e; unset OMP_WAIT_POLICY; for kind in routing training methods table; do \
+	  $(BIN)/diffratio bench $$kind out=$(BENCH)/$$kind.json $(ARGS); \
+	done; echo "bench done: $(BENCH)/"
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info
