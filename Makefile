@@ -39,9 +39,8 @@ test: $(VENV)/.dev
 	$(BIN)/mypy diffratio train.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n auto --dist loadgroup
 
-# the other targets let idle threads sleep; here the machine is ours
 bench: $(VENV)/.demo
-	@set -e; unset OMP_WAIT_POLICY; for kind in routing training methods table; do \
+	@set -e; for kind in routing training methods table; do \
 	  $(BIN)/diffratio bench $$kind out=$(BENCH)/$$kind.json $(ARGS); \
 	done; echo "bench done: $(BENCH)/"
 
