@@ -24,4 +24,9 @@ METHODS: dict[str, tuple[str, str]] = {
 # name -> (module, class of the transformer in diffusers, one line); importing diffusers waits until a family is used
 FAMILIES: dict[str, tuple[str, str, str]] = {
     "dit": ("diffratio.backbones.dit", "DiTTransformer2DModel", "DiT: class-conditional, one stream, adaLN-Zero"),
+    "pixart": (
+        "diffratio.backbones.pixart",
+        "PixArtTransformer2DModel",
+        "PixArt-alpha and Sigma: text by cross-attention, one stream, adaLN-single",
+    ),
 }

@@ -141,11 +141,15 @@ def test_a_finished_run_closes_itself() -> None:
     assert state.token_method.regions.each == (1, 3)  # type: ignore[attr-defined]
 
 
-def test_another_grid_in_an_open_run_is_an_error() -> None:
+def test_the_first_forward_of_a_run_says_its_grid_and_another_one_is_an_error() -> None:
     pipe = diffratio.attach_(pipeline(routed()))
     pipe.scheduler.set_timesteps(4)
-    with pytest.raises(DiffratioError, match="4x4.*6x6"):
-        pipe.transformer(torch.randn(1, 1, 12, 12), torch.tensor([1000.0]), torch.tensor([1]))
+    rest = torch.tensor([1000.0]), torch.tensor([1])
+    pipe.transformer(torch.randn(1, 1, 12, 12), *rest)
+    run = attachment(pipe.transformer).run
+    assert run is not None and (run.grid.height, run.grid.width) == (6, 6)
+    with pytest.raises(DiffratioError, match="6x6.*4x4"):
+        pipe.transformer(torch.randn(1, 1, 8, 8), *rest)
 
 
 def test_stateful_methods_need_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

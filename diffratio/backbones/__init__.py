@@ -1,5 +1,5 @@
 """What a transformer family is; one file a family."""
 
-from diffratio.backbones.base import Backbone, backbone_of, backbones, get_backbone
+from diffratio.backbones.base import Backbone, backbone_of, backbones, check_classes, get_backbone
 
-__all__ = ["Backbone", "backbone_of", "backbones", "get_backbone"]
+__all__ = ["Backbone", "backbone_of", "backbones", "check_classes", "get_backbone"]

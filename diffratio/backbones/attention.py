@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,54 @@ class IndexedAttention:
         return _biased(attn, queries, keys, key_bias)
 
 
+class TextAttention:
+    """diffusers' `AttnProcessor2_0` for cross-attention of a block whose self-attention has `IndexedAttention`.
+
+    It is handed the same arguments. Every image token attends to the text on its own, so neither the weight that image
+    tokens have as keys nor which of them attend to each other matters here.
+    """
+
+    def __init__(self) -> None:
+        self.stock = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        query_index: Tensor | None = None,
+        key_index: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        nested: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output of all queries.
+
+        Args:
+            attn: the `Attention` module.
+            hidden_states: image tokens (B, N, C).
+            encoder_hidden_states: text tokens (B, T, C).
+            attention_mask: stock behaviour.
+            temb: stock behaviour.
+            query_index: refused; the queries are what came.
+            key_index: refused; the keys are the text.
+            key_bias: of the image tokens as keys; no image token is one here.
+            nested: of the image tokens among each other; both sets attend to the text alike.
+
+        Returns:
+            (B, N, C).
+
+        Raises:
+            DiffratioError: an index, or no text.
+        """
+        if query_index is not None or key_index is not None:
+            raise DiffratioError("queries and keys by index are for self-attention, not for attention to text")
+        if encoder_hidden_states is None:
+            raise DiffratioError("attention to text got no encoder_hidden_states; give the prompt's embeddings")
+        return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
 def _biased(attn: Any, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     """Attention of (B, Q, C) to (B, M, C) with the logits of every key raised by its bias (B or 1, M)."""
     q, k, v = _projected(attn, queries, keys)
@@ -133,8 +181,12 @@ def attention_modules(blocks: Iterable[nn.Module], path: str) -> list[Any]:
     return [block.get_submodule(path) for block in blocks]
 
 
-def index_attention_(modules: Sequence[Any]) -> list[Any]:
-    """Replaces the processors of attention modules by `IndexedAttention`.
+def index_attention_(modules: Sequence[Any], processor: Callable[[], Any] = IndexedAttention) -> list[Any]:
+    """Replaces the processors of attention modules by our own.
+
+    Args:
+        modules: diffusers' `Attention` modules.
+        processor: makes one of ours.
 
     Returns:
         The processors that were there, for `plain_attention_`.
@@ -152,7 +204,7 @@ def index_attention_(modules: Sequence[Any]) -> list[Any]:
             raise DiffratioError("attention with a residual, group or spatial norm of its own cannot choose its keys")
     found = [module.processor for module in modules]
     for module in modules:
-        module.processor = IndexedAttention()
+        module.processor = processor()
     return found
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ class Backbone(ABC):
         sites: site name -> attribute path of the submodule inside a block.
         streams: names of the block arguments that a block returns, in the order in which it returns them.
         batched: names of the transformer's own arguments with one entry a sample.
+        refused: names of the transformer's own arguments that do not go with a method, and why.
+        condition: what a sample is conditioned on, a `class` label or `text` embeddings.
+        pipeline: diffusers' class of the family's usual pipeline, of text-conditional families.
         guidance_order: how the family's pipelines batch the guidance halves; `one` where there are none.
         attention: name of the block argument, a dictionary, whose entries reach the processors that
             `index_attention_` puts in; None where the family has none.
@@ -42,6 +46,9 @@ class Backbone(ABC):
     sites: ClassVar[Mapping[str, str]] = {}
     streams: ClassVar[tuple[str, ...]] = ("hidden_states",)
     batched: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep")
+    refused: ClassVar[Mapping[str, str]] = {}
+    condition: ClassVar[Literal["class", "text"]] = "class"
+    pipeline: ClassVar[str] = ""
     guidance_order: ClassVar[Halves] = "cond_first"
     attention: ClassVar[str | None] = None
 
@@ -110,13 +117,20 @@ class Backbone(ABC):
         """Class label that means "no condition", where the family is class-conditional."""
         return None
 
-    def example(self, transformer: nn.Module, batch: int, seed: int = 0) -> dict[str, Any]:
+    def text_tokens(self, transformer: nn.Module) -> int:
+        """Text tokens of one sample in the default run."""
+        return 0
+
+    def example(
+        self, transformer: nn.Module, batch: int, seed: int = 0, run: SamplingRun | None = None
+    ) -> dict[str, Any]:
         """Arguments of a forward on random noise, but for the timestep: something to time, on the model's own device.
 
         Args:
             transformer: dense or converted.
             batch: samples.
             seed: of the noise.
+            run: whose token grid and text tokens; None takes those of the default run.
         """
         raise DiffratioError(f"backbone {self.name} cannot be timed yet: it gives no example input")
 
@@ -124,7 +138,40 @@ class Backbone(ABC):
         """The run that `steps=` stands for: levels 1, 1 - 1/S, ..., 1/S on the configured grid."""
         from diffratio.cost.run import uniform_run
 
-        return uniform_run(steps, self.grid(transformer), guidance)
+        return uniform_run(steps, self.grid(transformer), guidance, self.text_tokens(transformer))
+
+
+def check_classes(transformer: nn.Module, what: str) -> None:
+    """Raises DiffratioError where a transformer takes no class labels and `what` gives it nothing else."""
+    backbone = backbone_of(transformer)
+    if backbone.condition != "class":
+        raise DiffratioError(
+            f"{what} takes class-conditional transformers, and {backbone.name} is conditioned on {backbone.condition}; "
+            "sample it with its own pipeline: diffratio.load_pipeline(folder)(prompts), diffratio.attach_(pipe)"
+        )
+
+
+def patches(sample: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C patch^2), one row a patch, in raster order."""
+    return nn.functional.unfold(sample, patch, stride=patch).transpose(1, 2)
+
+
+def from_pretrained(transformer_class: Any, source: str, **options: Any) -> nn.Module:
+    """A diffusers transformer from its own folder, a pipeline folder that holds `transformer/`, or a hub id.
+
+    Args:
+        transformer_class: diffusers' class.
+        source: folder or hub id.
+        **options: of diffusers' `from_pretrained`.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        loaded = transformer_class.from_pretrained(source, subfolder="transformer", **options)
+    else:
+        if not (folder / "config.json").is_file() and (folder / "transformer").is_dir():
+            options["subfolder"] = "transformer"
+        loaded = transformer_class.from_pretrained(folder, local_files_only=True, **options)
+    return loaded  # type: ignore[no-any-return]
 
 
 def register(backbone: B) -> B:

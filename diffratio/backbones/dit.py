@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import attention_modules, index_attention_, plain_attention_
-from diffratio.backbones.base import Backbone, register
+from diffratio.backbones.base import Backbone, from_pretrained, patches, register
 from diffratio.cost.macs import BlockCost, Description, SiteCost
+from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.tokens.grid import TokenGrid
 
@@ -63,20 +63,21 @@ class DiT(Backbone):
     def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, in_channels * patch^2)."""
         config: Any = transformer.config
-        patch, channels = config.patch_size, config.in_channels
-        patches = nn.functional.unfold(output[:, :channels], patch, stride=patch)  # (B, c, N)
-        return patches.transpose(1, 2)
+        return patches(output[:, : config.in_channels], config.patch_size)
 
     def null_label(self, transformer: nn.Module) -> int:
         """The extra row of the label table."""
         config: Any = transformer.config
         return int(config.num_embeds_ada_norm)
 
-    def example(self, transformer: nn.Module, batch: int, seed: int = 0) -> dict[str, Any]:
-        """Noise at the configured size, and class 0."""
+    def example(
+        self, transformer: nn.Module, batch: int, seed: int = 0, run: SamplingRun | None = None
+    ) -> dict[str, Any]:
+        """Noise at the configured size, or the run's, and class 0."""
         config: Any = transformer.config
         like = next(transformer.parameters())
-        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+        grid = self.grid(transformer) if run is None else run.grid
+        shape = (batch, config.in_channels, grid.height * config.patch_size, grid.width * config.patch_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         labels = torch.zeros(batch, dtype=torch.long, device=like.device)
         return {"hidden_states": noise.to(like.device, like.dtype), "class_labels": labels}
@@ -125,12 +126,7 @@ class DiT(Backbone):
 
     def load(self, source: str, **options: Any) -> nn.Module:
         """A transformer folder, a pipeline folder with `transformer/`, or a hub id such as facebook/DiT-XL-2-256."""
-        folder = Path(source)
-        if folder.is_dir():
-            if not (folder / "config.json").is_file() and (folder / "transformer").is_dir():
-                options["subfolder"] = "transformer"
-            return DiTTransformer2DModel.from_pretrained(folder, local_files_only=True, **options)
-        return DiTTransformer2DModel.from_pretrained(source, subfolder="transformer", **options)
+        return from_pretrained(DiTTransformer2DModel, source, **options)
 
     def from_config(self, config: Mapping[str, Any]) -> nn.Module:
         """Random weights."""

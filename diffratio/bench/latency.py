@@ -65,7 +65,7 @@ def bench_table(
             macs = (cost.macs(k, run.text_tokens) + ranking) / cost.macs(tokens, run.text_tokens)
             call, dense_name = blocks_at(layers_of, kept.index(k)), _name(members, shape, tokens)
             variants[_name(members, shape, k)] = Variant(call, macs, dense_name, facts=facts)
-    outer, dense = description.outer(tokens), description.dense(run)
+    outer, dense = description.outer(tokens, run.text_tokens), description.dense(run)
     routed = _routed(transformer, run, own, settings.seed)
     for name, bin_, model in ((DENSE, 10, transformer), (HALF, 5, routed), (BYPASSED, 0, routed)):
         blocks = sum(one.macs(kept[bin_], run.text_tokens) for one in description.blocks)
@@ -194,7 +194,7 @@ def _block_calls(
         block.register_forward_pre_hook(lambda _, args, kwargs: entering.append((args, kwargs)), with_kwargs=True)
         for block in blocks
     ]
-    example = backbone.example(model, own.batch, seed)
+    example = backbone.example(model, own.batch, seed, run)
     level = torch.full((own.batch,), run.noise_levels[0], device=example["hidden_states"].device)
     state.open_run(run)  # no scheduler advances it: every call is of its first step
     model(**example, timestep=backbone.timestep(level), return_dict=False)

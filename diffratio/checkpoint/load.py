@@ -13,11 +13,15 @@ from diffratio.backbones import get_backbone
 from diffratio.backbones.base import Backbone, backbone_of_class
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import read_card
+from diffratio.checkpoint.parts import is_text, pipeline_around
 from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json, sha256
 from diffratio.methods.base import MethodConfig, config_from_json
 from diffratio.surgery import apply_, attach_, is_applied
+
+# norm_type of a diffusers Transformer2DModel -> the class that it has become
+_OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 def load_transformer(
@@ -58,32 +62,31 @@ def load_skeleton(source: str | Path) -> nn.Module:
         folder = place if layout.checkpoint_kind(place) == "transformer" else place / layout.TRANSFORMER
         path, config = folder / "config.json", _mapping(folder / "config.json", "transformer configuration")
     else:
-        from diffusers import DiTTransformer2DModel
-
-        path = Path(place)
-        try:
-            config = dict(DiTTransformer2DModel.load_config(place, subfolder="transformer"))
-        except (OSError, ValueError) as error:
-            raise DiffratioError(
-                f"checkpoint {place!r} is no folder here and cannot be had from the hub: {_first_line(error)}"
-            ) from None
+        path, config = Path(place), _hub_config(place)
     with torch.device("meta"):
         return _build(_family(config, path), config, path)
 
 
 def load_pipeline(
-    source: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    source: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    parts: str | Path | None = None,
 ) -> Any:
     """A diffusers pipeline with the checkpoint's transformer, scheduler and class names, attached where it is routed.
+
+    A text-conditional one is the class that `model_index.json` names, with its text encoders, tokenizers and VAE.
 
     Args:
         source: a checkpoint folder (dense or routed; with `vae/` it samples in latent space), the name of one that
             ships, or a hub id.
         dtype: computing type, as for `load_transformer`.
         device: where it goes.
+        parts: of a text-conditional checkpoint that was exported without them: the folder or hub id of the dense
+            pipeline whose text encoders, tokenizers and VAE are taken.
 
     Raises:
-        DiffratioError: as `load_transformer`, or there is no scheduler.
+        DiffratioError: as `load_transformer`, or there is no scheduler, or a part of the pipeline is missing.
     """
     from diffratio.sampling.pipeline import build_pipeline
 
@@ -97,6 +100,13 @@ def load_pipeline(
         )
     scheduler = _scheduler(place)
     transformer = load_transformer(place, dtype, device)
+    if is_text(transformer):
+        others = resolve_folder(parts) if parts is not None else place
+        others = _download(others) if isinstance(others, str) else others
+        pipe = pipeline_around(transformer, place, others, device)
+        return attach_(pipe) if is_applied(transformer) else pipe
+    if parts is not None:
+        raise DiffratioError(f"parts={str(parts)!r}: a class-conditional pipeline has no other parts; leave it out")
     vae = _vae(place, as_dtype(dtype)) if (place / layout.VAE).is_dir() else None
     if vae is not None:
         vae = vae.to(device)
@@ -187,9 +197,8 @@ def _mapping(path: Path, what: str) -> dict[str, Any]:
 def _family(config: Mapping[str, Any], path: Path) -> Backbone:
     """The backbone of a diffusers configuration."""
     name = config.get("_class_name")
-    # checkpoints older than diffusers' DiT class say Transformer2DModel
-    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        name = "DiTTransformer2DModel"
+    if name == "Transformer2DModel":  # checkpoints older than a class of the family's own
+        name = _OLDER.get(str(config.get("norm_type")), name)
     try:
         return backbone_of_class(str(name))
     except DiffratioError as error:
@@ -257,7 +266,19 @@ def _by_diffusers(backbone: Backbone, source: str, dtype: torch.dtype | None = N
 
 
 def _from_hub(name: str) -> nn.Module:
-    return _by_diffusers(get_backbone("dit"), name)
+    return _by_diffusers(_family(_hub_config(name), Path(name)), name)
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    """Configuration of the transformer of a pipeline on the hub."""
+    from diffusers import AutoModel
+
+    try:
+        return dict(AutoModel.load_config(name, subfolder=layout.TRANSFORMER))
+    except (OSError, ValueError) as error:
+        raise DiffratioError(
+            f"checkpoint {name!r} is no folder here and cannot be had from the hub: {_first_line(error)}"
+        ) from None
 
 
 def _download(name: str) -> Path:

@@ -45,7 +45,7 @@ pipeline_tag: unconditional-image-generation
 _PIPELINE = """import diffratio
 
 pipe = diffratio.load_pipeline({name!r})
-images = pipe([0, 1], num_inference_steps={steps}, guidance_scale={guidance:g}).images"""
+images = pipe({samples}, num_inference_steps={steps}, guidance_scale={guidance:g}).images"""
 
 _DENSE_LINE = "A dense diffusion transformer; `transformer/` loads in plain diffusers, too."
 _ROUTED_LINE = (
@@ -54,7 +54,9 @@ _ROUTED_LINE = (
 )
 
 
-def render_readme(card: Card, parameters: int, bins: Table | None = None, fraction: float | None = None) -> str:
+def render_readme(
+    card: Card, parameters: int, bins: Table | None = None, fraction: float | None = None, text: bool = False
+) -> str:
     """The model card as Markdown.
 
     Args:
@@ -62,7 +64,14 @@ def render_readme(card: Card, parameters: int, bins: Table | None = None, fracti
         parameters: number of parameters.
         bins: keep ratios in tenths [layer][region], where it is routed.
         fraction: its MACs on its sampling run over those of the dense model.
+        text: whether it is sampled by prompts, not by class.
     """
+    usage = _PIPELINE.format(
+        name=card.name,
+        samples='["a prompt"]' if text else "[0, 1]",
+        steps=card.sampler.steps,
+        guidance=card.sampler.guidance_scale,
+    )
     return _TEMPLATE.format(
         name=card.name,
         licence=card.licence.lower(),
@@ -76,7 +85,7 @@ def render_readme(card: Card, parameters: int, bins: Table | None = None, fracti
         steps=card.sampler.steps,
         guidance=card.sampler.guidance_scale,
         classes=", ".join(card.class_names) or "not named",
-        usage=_PIPELINE.format(name=card.name, steps=card.sampler.steps, guidance=card.sampler.guidance_scale),
+        usage=usage,
         keep="" if bins is None else _keep_section(bins, fraction),
         training=_table(card.training, "setting"),
         metrics=_table(card.metrics, "metric"),

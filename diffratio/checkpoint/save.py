@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffratio.backbones import Backbone, backbone_of
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import Card
+from diffratio.checkpoint.parts import check_pipeline, save_parts
 from diffratio.checkpoint.readme import render_readme
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import atomic_folder, sha256, write_json
@@ -32,6 +33,7 @@ def export(
     card: Card | Mapping[str, Any] | None = None,
     scheduler: Any | None = None,
     vae: Any | None = None,
+    pipeline: Any | None = None,
     dtype: torch.dtype | str | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -46,6 +48,8 @@ def export(
         card: what is known of it; keys that are left out are filled in from the transformer.
         scheduler: a diffusers scheduler; None makes the one that the card's sampler and objective name.
         vae: decoder of a latent model, stored along.
+        pipeline: the diffusers pipeline that holds the transformer, of a text-conditional model: its text encoders,
+            tokenizers, VAE and scheduler are stored along. Without it `load_pipeline` needs to be told where they are.
         dtype: storage type of the weights, such as float16; routers stay float32. None keeps what they have.
         base: where the weights came from (name, sha256 ...), noted in `routing.json`.
 
@@ -66,6 +70,12 @@ def export(
     }
     config["_class_name"] = class_name = type(transformer).__name__  # a swapped class keeps the name
     state = _state(transformer, backbone, config, learned, storage)
+    text = backbone.condition == "text"
+    if pipeline is not None:
+        if not text or vae is not None:
+            raise DiffratioError("pipeline= stores all parts of a text-conditional model, in place of vae=")
+        check_pipeline(pipeline, transformer)
+        scheduler = pipeline.scheduler if scheduler is None else scheduler
     full_card, scheduler = _complete(card, target.name, backbone, learned, transformer, scheduler)
     weights = layout.DENSE_WEIGHTS if learned is None else layout.ROUTED_WEIGHTS
     if learned is not None:
@@ -85,7 +95,11 @@ def export(
         scheduler.save_config(temporary / layout.SCHEDULER)
         if vae is not None:
             _save_vae(vae, temporary / layout.VAE)
-        write_json(temporary / layout.INDEX, _index(config, scheduler, vae, full_card))
+        index = _index(config, scheduler, vae, full_card)
+        if text:
+            index["_class_name"] = backbone.pipeline if pipeline is None else type(pipeline).__name__
+        parts = {} if pipeline is None else save_parts(pipeline, temporary)
+        write_json(temporary / layout.INDEX, index | parts)
         write_json(temporary / layout.CARD, full_card.to_json())
         if learned is not None:
             document = {
@@ -97,8 +111,8 @@ def export(
                 "weights": {"file": weights, "sha256": sha256(path), "parameters": parameters},
             }
             write_json(temporary / layout.ROUTING, document | ({"base": dict(base)} if base else {}))
-        text = render_readme(full_card, parameters, bins, fraction)
-        (temporary / layout.README).write_text(text, encoding="utf-8")
+        readme = render_readme(full_card, parameters, bins, fraction, text)
+        (temporary / layout.README).write_text(readme, encoding="utf-8")
     return target
 
 

@@ -75,6 +75,7 @@ class Description:
         blocks: the blocks in order.
         per_token: MACs an image token outside the blocks (patch embedding, output projection).
         fixed: MACs a sample outside the blocks.
+        per_text_token: MACs a text token outside the blocks (caption projection).
     """
 
     family: str
@@ -82,21 +83,22 @@ class Description:
     blocks: tuple[BlockCost, ...]
     per_token: int
     fixed: int
+    per_text_token: int = 0
 
     @property
     def layers(self) -> int:
         """Number of blocks L."""
         return len(self.blocks)
 
-    def outer(self, tokens: int) -> int:
-        """MACs of one forward outside the blocks."""
-        return self.fixed + tokens * self.per_token
+    def outer(self, tokens: int, text: int = 0) -> int:
+        """MACs of one forward outside the blocks, at a number of image and of text tokens."""
+        return self.fixed + tokens * self.per_token + text * self.per_text_token
 
     def dense(self, run: SamplingRun, linear_only: bool = False) -> int:
         """MACs of the whole run with every token computed everywhere, all guidance halves."""
         tokens = run.grid.tokens
         blocks = sum(block.macs(tokens, run.text_tokens, linear_only) for block in self.blocks)
-        return run.forwards * (self.outer(tokens) + blocks)
+        return run.forwards * (self.outer(tokens, run.text_tokens) + blocks)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def run_cost(
             for share, times in shares:
                 planning += times * share.planning
                 per_block[layer] += times * (share.planning + macs_of(block, share))
-    total = sum(per_block) + sum(run.halves_at(step) for step in steps) * description.outer(tokens)
+    total = sum(per_block) + sum(run.halves_at(step) for step in steps) * description.outer(tokens, text)
     return Cost(total, description.dense(reference or run, linear_only), tuple(per_block), planning)
 
 
@@ -265,7 +267,7 @@ def macs_table(description: Description, run: SamplingRun, alignment: int = 1, r
         return float(block.macs(kept, text) + ranking)
 
     cells = tuple(tuple(cell(block, bin_) for bin_ in BINS) for block in description.blocks)
-    outer = float(description.outer(tokens))
+    outer = float(description.outer(tokens, text))
     return CostTable(cells, outer, outer + sum(row[-1] for row in cells), run, alignment=alignment)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffratio.backbones import check_classes
 from diffratio.errors import DiffratioError
 from diffratio.files import atomic_file
 from diffratio.sampling.processes import process_state as _processes
@@ -112,12 +113,13 @@ def generate(
         (n, C, H, W) float32 in [-1, 1], on the CPU.
 
     Raises:
-        DiffratioError: numbers out of range, labels that are not n, a sampler whose noise cannot be reproduced, or an
-            error in another process (every process raises, none waits for ever).
+        DiffratioError: a text-conditional model, numbers out of range, labels that are not n, a sampler whose noise
+            cannot be reproduced, or an error in another process (every process raises, none waits for ever).
     """
     for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("start", start, 0)):
         if value < least:
             raise DiffratioError(f"{name} must be at least {least}, got {value}")
+    check_classes(pipe.transformer, "generate")
     if labels is None:
         labels = balanced_labels(start + n, pipe.transformer.config.num_embeds_ada_norm)[start:]
     if len(labels) != n:

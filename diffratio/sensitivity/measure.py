@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffratio.backbones import backbone_of
+from diffratio.backbones import backbone_of, check_classes
 from diffratio.cost.macs import macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError, unknown
@@ -130,9 +130,10 @@ def measure_sensitivity(
         The map, its path, and what they were measured on.
 
     Raises:
-        DiffratioError: something is applied to the transformer.
+        DiffratioError: something is applied to the transformer, or it is conditioned on text.
     """
     settings = settings or MeasureSettings()
+    check_classes(transformer, "measuring sensitivity")
     backbone = backbone_of(transformer)
     description = backbone.describe(transformer)
     costs = macs_table(description, run)

@@ -25,6 +25,9 @@ class TransformerMixin(Converted):
         inner = super().forward  # type: ignore[misc]
         state: Attachment = self._diffratio
         arguments = bound(base_of(type(self)).forward, args, kwargs)
+        for name, why in state.backbone.refused.items():
+            if arguments.get(name) is not None:
+                raise DiffratioError(f"{name} does not go with a method on backbone {state.backbone.name}: {why}")
         context = state.begin(self, arguments)  # type: ignore[arg-type]
         held = state.halves or context.halves  # by the batch as it came
         batch = arguments["hidden_states"].shape[0]

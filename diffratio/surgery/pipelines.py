@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from diffratio.cost.run import Halves, SamplingRun
+from diffratio.cost.run import Guidance, Halves, SamplingRun
 from diffratio.errors import DiffratioError, unknown
 from diffratio.surgery.state import Attachment, attachment
 from diffratio.surgery.swap import STATE, Converted, base_of, bound, swap, unswap
@@ -31,8 +31,9 @@ class SchedulerMixin(Converted):
         if config.get("prediction_type") == "flow_prediction":  # its timesteps are cut to integers, its sigmas are not
             timesteps = self.sigmas[: len(timesteps)] * config.num_train_timesteps  # type: ignore[attr-defined]
         levels = tuple(state.backbone.noise_level(timesteps.detach().cpu()).clamp(0, 1).tolist())
-        guidance = "none" if state.halves == "one" else "cfg"
-        state.open_run(SamplingRun(levels, state.backbone.grid(transformer), guidance))  # type: ignore[arg-type]
+        guidance: Guidance = "none" if state.halves == "one" else "cfg"
+        grid, text = state.backbone.grid(transformer), state.backbone.text_tokens(transformer)
+        state.open_run(SamplingRun(levels, grid, guidance, text), provisional=True)
         return result
 
     def step(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Attachment:
     Attributes:
         halves: how batches hold the guidance halves; None where nobody has said so.
         action: what the present step does instead of a full forward.
+        provisional: whether the open run's token grid is a guess, which the run's first forward replaces.
     """
 
     def __init__(self, backbone: Backbone, methods: list[Method], prepared: dict[str, Any], seed: int) -> None:
@@ -39,6 +41,7 @@ class Attachment:
         self.methods: list[Method] = []
         self.run: SamplingRun | None = None
         self.step = 0
+        self.provisional = False
         self.context: StepContext | None = None
         self.action: StepAction | None = None
         self.halves: Halves | None = None
@@ -73,11 +76,16 @@ class Attachment:
             run = method.adapt(run)
         return run
 
-    def open_run(self, run: SamplingRun) -> None:
-        """A sampling run begins: step 0, and everything that was kept is forgotten."""
+    def open_run(self, run: SamplingRun, provisional: bool = False) -> None:
+        """A sampling run begins: step 0, and everything that was kept is forgotten.
+
+        Args:
+            run: the run.
+            provisional: a scheduler opens it, which sees no sample: the first forward says the token grid.
+        """
         for method in self.methods:
             run = run.with_guided(method.guided(run))
-        self.run, self.step = run, 0
+        self.run, self.step, self.provisional = run, 0, provisional
         self.memory = StepMemory(tuple(dict.fromkeys(one for method in self.methods for one in method.skips(run))))
         for method in self.methods:
             method.begin_run(run)
@@ -90,6 +98,10 @@ class Attachment:
     def begin(self, transformer: nn.Module, arguments: dict[str, Any]) -> StepContext:
         """Opens one forward: where it stands, and what the methods make of the step."""
         grid, batch = self.backbone.grid(transformer, arguments["hidden_states"]), arguments["hidden_states"].shape[0]
+        if self.run is not None and self.provisional and not transformer.training:
+            if grid != self.run.grid:
+                self.open_run(replace(self.run, grid=grid))
+            self.provisional = False
         run = None if transformer.training else self.run
         level, levels = None, None
         if run is not None:

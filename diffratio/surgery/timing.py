@@ -28,7 +28,7 @@ def run_call(transformer: nn.Module, run: SamplingRun, batch: int, seed: int = 0
     for step, level in enumerate(run.noise_levels):
         samples = max(1, batch * run.halves_at(step) // run.halves)
         timestep = backbone.timestep(torch.full((samples,), level, device=device))
-        forwards.append({**backbone.example(transformer, samples, seed), "timestep": timestep})
+        forwards.append({**backbone.example(transformer, samples, seed, run), "timestep": timestep})
 
     @torch.no_grad()
     def call() -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from diffratio import surgery
-from diffratio.backbones import backbone_of, get_backbone
+from diffratio.backbones import backbone_of, check_classes, get_backbone
 from diffratio.checkpoint import load_skeleton, load_transformer
 from diffratio.cost.macs import CostTable, macs_table, ratio_table
 from diffratio.cost.run import Guidance, SamplingRun
@@ -90,6 +90,7 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     if not backbone.matches(transformer):
         raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
     if data is not None:
+        check_classes(transformer, "train")
         size, channels = cfg["data"]["image_size"], cfg["data"]["channels"]
         backbone.grid(transformer, torch.empty(1, channels, size, size, device="meta"))
         config: Any = transformer.config

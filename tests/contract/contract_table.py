@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 import diffratio
-from diffratio.backbones import get_backbone
+from diffratio.backbones import backbone_of, get_backbone
 from diffratio.cost.run import Halves, SamplingRun, uniform_run
 from diffratio.methods import MethodConfig
 from diffratio.methods.fixed import TRAINING_FREE
@@ -160,7 +161,8 @@ ROWS = [
     _importance("importance sd", variant="sd", drop_steps=0),
     _importance("importance sd, one plan a step", variant="sd", plan_blocks=None, sites=BOTH),
 ]
-BACKBONES = ("dit",)
+BACKBONES = ("dit", "pixart")
+TEXT = 5  # text tokens of the batches of text-conditional families
 CASES = [(row, backbone) for row in ROWS for backbone in BACKBONES]
 IDS = [f"{row.name}-{backbone}".replace(" ", "_") for row, backbone in CASES]
 
@@ -184,14 +186,38 @@ def applied(row: Row, backbone: str, seed: int = 0, neutral: bool = False) -> An
     return transformer
 
 
-def inputs(levels: tuple[float, ...] = LEVELS, dtype: torch.dtype = torch.float32, seed: int = 3) -> dict[str, Tensor]:
-    """A batch with one sample at each noise level."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(len(levels), 1, 8, 8, generator=generator).to(dtype),
+def inputs(
+    levels: tuple[float, ...] = LEVELS, dtype: torch.dtype = torch.float32, seed: int = 3, backbone: str = "dit"
+) -> dict[str, Tensor]:
+    """A batch with one sample at each noise level, each with a class or a prompt (of another length) of its own."""
+    generator, batch = torch.Generator().manual_seed(seed), len(levels)
+    arguments = {
+        "hidden_states": torch.randn(batch, 1, 8, 8, generator=generator).to(dtype),
         "timestep": torch.tensor([1000 * level for level in levels]),
-        "class_labels": torch.arange(len(levels)) % 10,
     }
+    if get_backbone(backbone).condition == "class":
+        return arguments | {"class_labels": torch.arange(batch) % 10}
+    lengths = 1 + torch.arange(batch) % TEXT
+    return arguments | {
+        "encoder_hidden_states": torch.randn(batch, TEXT, 12, generator=generator).to(dtype),
+        "encoder_attention_mask": (torch.arange(TEXT) < lengths[:, None]).long(),
+    }
+
+
+def unconditional(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same samples without their condition: the null label, or an empty prompt."""
+    if "class_labels" in batch:
+        return batch | {"class_labels": torch.full_like(batch["class_labels"], 10)}
+    mask = batch["encoder_attention_mask"]
+    return batch | {
+        "encoder_hidden_states": torch.full_like(batch["encoder_hidden_states"], 0.5),
+        "encoder_attention_mask": (torch.arange(mask.shape[1]) < 1).long().expand_as(mask),
+    }
+
+
+def run_of(backbone: str) -> SamplingRun:
+    """`RUN`, with the text tokens of `inputs`."""
+    return RUN if get_backbone(backbone).condition == "class" else replace(RUN, text_tokens=TEXT)
 
 
 PAIRED = ("sdtm", "importance")  # these plan for both guidance halves at once
@@ -227,19 +253,20 @@ def forward(transformer: nn.Module, batch: dict[str, Tensor] | None = None, pair
 
     A method that keeps state is at step 0 of a run unless the test has put it elsewhere.
     """
-    batch = inputs() if batch is None else batch
+    backbone = backbone_of(transformer)
+    batch = inputs(backbone=backbone.name) if batch is None else batch
     if keeps_state(transformer) and attachment(transformer).run is None:
         in_run(transformer, RUN, 0)
     if not (pairs_halves(transformer) if paired is None else paired):
         output = transformer(**batch, return_dict=False)[0]
         assert isinstance(output, Tensor)
         return output
-    doubled = {name: torch.cat([value, value]) for name, value in batch.items()}
-    doubled["class_labels"][len(batch["class_labels"]) :] = 10  # the null label
-    with halves(transformer, "cond_first"):
-        both = transformer(**doubled, return_dict=False)[0]
+    order, null = backbone.guidance_order, unconditional(batch)
+    first, second = (batch, null) if order == "cond_first" else (null, batch)
+    with halves(transformer, order):
+        both = transformer(**{name: torch.cat([first[name], second[name]]) for name in batch}, return_dict=False)[0]
     assert isinstance(both, Tensor)
-    return both.chunk(2)[0]
+    return both.chunk(2)[0 if order == "cond_first" else 1]
 
 
 def train_(transformer: nn.Module, mode: bool = True) -> Any:
@@ -249,9 +276,14 @@ def train_(transformer: nn.Module, mode: bool = True) -> Any:
 
 def without_label_dropout(transformer: Any) -> Any:
     """The dense model as the data path of a training run sees it: labels are dropped there, not in every block."""
-    for block in transformer.transformer_blocks:
-        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    for embedder in label_embedders(transformer):
+        embedder.dropout_prob = 0.0
     return transformer
+
+
+def label_embedders(transformer: Any) -> list[Any]:
+    """The modules that drop class labels in training mode; a text-conditional family has none."""
+    return [module for module in transformer.modules() if isinstance(module, LabelEmbedding)]
 
 
 def in_run(transformer: nn.Module, run: SamplingRun, step: int) -> nn.Module:

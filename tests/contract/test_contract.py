@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract_table import (
+    BACKBONES,
     CASES,
     IDS,
     LEVELS,
@@ -21,6 +22,7 @@ from contract_table import (
     in_run,
     inputs,
     keeps_state,
+    label_embedders,
     pairs_halves,
     train_,
     transformer_of,
@@ -50,17 +52,17 @@ def test_rows_name_their_method() -> None:
         assert row.config().method.name == row.method
 
 
-def test_methods_that_reduce_change_the_output() -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_methods_that_reduce_change_the_output(backbone: str) -> None:
     """Otherwise the tests of equality below would compare the dense model with itself."""
-    changed = {
-        row.name for row in ROWS if not torch.equal(forward(applied(row, "dit")), forward(transformer_of("dit")))
-    }
+    plain = forward(transformer_of(backbone))
+    changed = {row.name for row in ROWS if not torch.equal(forward(applied(row, backbone)), plain)}
     silent = {row.name for row in ROWS if row.method == "dense" or row.whole_run or row.ratios}
     assert changed == {row.name for row in ROWS} - silent
     for row in ROWS:
         if row.ratios:
-            dense = forward(without_label_dropout(transformer_of("dit")).train())
-            assert not torch.allclose(forward(applied(row, "dit").train()), dense, atol=1e-4)
+            dense = forward(without_label_dropout(transformer_of(backbone)).train())
+            assert not torch.allclose(forward(applied(row, backbone).train()), dense, atol=1e-4)
 
 
 @each_case
@@ -68,9 +70,10 @@ def test_methods_that_reduce_change_the_output() -> None:
 def test_identity_where_nothing_is_reduced(row: Row, backbone: str, training: bool) -> None:
     dense = without_label_dropout(transformer_of(backbone)).train(training)
     converted = train_(applied(row, backbone, neutral=True), training)
-    batches = [inputs()]
+    batches = [inputs(backbone=backbone)]
     if training and row.method == "diffcr" and getattr(row.neutral(), "estimator", "") == "loop":
-        batches = [inputs((level,)) for level in LEVELS]  # it computes sample by sample, which rounds differently
+        # it computes sample by sample, which rounds differently
+        batches = [inputs((level,), backbone=backbone) for level in LEVELS]
     for batch in batches:
         expected = forward(dense, batch, pairs_halves(converted))
         if (
@@ -89,14 +92,14 @@ def test_shape_and_finite(row: Row, backbone: str) -> None:
     transformer = applied(row, backbone)
     for training in (False, True):
         output = forward(train_(transformer, training))
-        assert output.shape == inputs()["hidden_states"].shape
+        assert output.shape == inputs(backbone=backbone)["hidden_states"].shape
         assert output.isfinite().all()
 
 
 @each_case
 def test_remove_restores_exactly(row: Row, backbone: str) -> None:
     before = transformer_of(backbone)
-    rates = [block.norm1.emb.class_embedder.dropout_prob for block in before.transformer_blocks]
+    rates = [embedder.dropout_prob for embedder in label_embedders(before)]
     expected, classes = forward(before), [type(module) for module in before.modules()]
     keys, attributes = list(before.state_dict()), [sorted(vars(module)) for module in before.modules()]
     transformer = applied(row, backbone)
@@ -109,8 +112,8 @@ def test_remove_restores_exactly(row: Row, backbone: str) -> None:
     assert [type(module) for module in transformer.modules()] == classes
     assert [sorted(vars(module)) for module in transformer.modules()] == attributes
     assert list(transformer.state_dict()) == keys
-    assert [block.norm1.emb.class_embedder.dropout_prob for block in transformer.transformer_blocks] == rates
-    assert rates[0] > 0
+    assert [embedder.dropout_prob for embedder in label_embedders(transformer)] == rates
+    assert all(rate > 0 for rate in rates) and bool(rates) == (backbone == "dit")
     diffratio.apply_(transformer, row.config())  # nothing stays behind that would refuse a second time
 
 
@@ -184,7 +187,7 @@ def test_autocast_in_bf16(row: Row, backbone: str) -> None:
 @each_case
 def test_bf16_weights(row: Row, backbone: str) -> None:
     transformer = applied(row, backbone).to(torch.bfloat16)
-    batch = inputs(dtype=torch.bfloat16)
+    batch = inputs(dtype=torch.bfloat16, backbone=backbone)
     for training in (False, True):
         output = forward(train_(transformer, training), batch)
         assert output.dtype == torch.bfloat16
@@ -213,10 +216,10 @@ def test_every_parameter_gets_a_gradient(row: Row, backbone: str) -> None:
     """DDP raises for parameters that a step leaves out, whatever the regions of its batch."""
     for levels in ((0.05, 0.3, 0.55, 0.8), (0.95, 0.95), (0.1,)):
         transformer = train_(applied(row, backbone))
-        got = gradients(transformer, inputs(levels))
+        got = gradients(transformer, inputs(levels, backbone=backbone))
         assert got.keys() == {name for name, p in transformer.named_parameters() if p.requires_grad}
         neutral = train_(applied(row, backbone, neutral=True))
-        assert gradients(neutral, inputs(levels)).keys() == got.keys()
+        assert gradients(neutral, inputs(levels, backbone=backbone)).keys() == got.keys()
 
 
 @each_case
@@ -237,7 +240,7 @@ def test_gradients_reach_routers_and_ratios(row: Row, backbone: str) -> None:
 def test_samples_do_not_depend_on_their_batch(row: Row, backbone: str) -> None:
     for training in (False, True):
         transformer = train_(applied(row, backbone), training)
-        batch = inputs()
+        batch = inputs(backbone=backbone)
         together = forward(transformer, batch)
         for i in range(len(together)):
             alone = forward(transformer, {key: value[i : i + 1] for key, value in batch.items()})
@@ -253,12 +256,12 @@ def test_an_open_run_agrees_with_the_timesteps(row: Row, backbone: str) -> None:
     transformer = applied(row, backbone)
     if keeps_state(transformer):
         with pytest.raises(DiffratioError, match=r"needs an open run"):
-            transformer(**inputs())
+            transformer(**inputs(backbone=backbone))
         return
     for step, level in enumerate(RUN.noise_levels):
         if row.method in ("tome", "tofu", "lite_uncond") and step:  # their draws belong to the step
             break
-        batch = inputs((level, level))
+        batch = inputs((level, level), backbone=backbone)
         standing_alone = forward(transformer, batch)
         assert torch.equal(forward(in_run(transformer, RUN, step), batch), standing_alone)
         attachment(transformer).close_run()

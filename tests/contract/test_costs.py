@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contract_table import (
+    BACKBONES,
     CASES,
     GRID,
     IDS,
@@ -15,11 +18,12 @@ from contract_table import (
     in_run,
     inputs,
     pairs_halves,
+    run_of,
     transformer_of,
 )
 
 import diffratio
-from diffratio.backbones import get_backbone
+from diffratio.backbones import backbone_of, get_backbone
 from diffratio.cost.count import count_macs
 from diffratio.cost.run import SamplingRun, uniform_run
 from diffratio.errors import BudgetUnreachable, DiffratioError
@@ -33,12 +37,12 @@ each_case = pytest.mark.parametrize(("row", "backbone"), CASES, ids=IDS)
 
 def counted(transformer: torch.nn.Module, run: SamplingRun, steps: list[int] | None = None) -> int:
     """MACs of matrix products and convolutions in a whole run (or some of its steps), one sample, equal halves."""
-    total = 0
+    total, name = 0, backbone_of(transformer).name
     for step, level in enumerate(run.noise_levels):
         if steps is not None and step not in steps:
             continue
         in_run(transformer, run, step)
-        once = count_macs(transformer, lambda level=level: forward(transformer, inputs((level,))))
+        once = count_macs(transformer, lambda level=level: forward(transformer, inputs((level,), backbone=name)))
         total += (1 if pairs_halves(transformer) else run.halves) * once
     return total
 
@@ -56,14 +60,15 @@ def counted_by_half(transformer: torch.nn.Module, run: SamplingRun) -> int:
 @each_case
 def test_analytic_macs_are_the_counted_macs(row: Row, backbone: str) -> None:
     transformer = applied(row, backbone)
-    run = attachment(transformer).adapt(RUN)
-    cost = diffratio.macs(transformer, run=RUN)
+    reference = run_of(backbone)
+    run = attachment(transformer).adapt(reference)
+    cost = diffratio.macs(transformer, run=reference)
     # ranking is a matrix-vector product or less, which the counter leaves out; a matching is a matrix product
     uncounted = cost.planning if isinstance(attachment(transformer).token_method, RoutedMethod) else 0
     count = counted_by_half if row.halves else counted
     assert count(transformer, run) == pytest.approx(cost.total - uncounted, rel=1e-3)
-    assert cost.dense == diffratio.macs(transformer_of(backbone), run=RUN).total
-    outside = run.forwards * describe(transformer).outer(GRID.tokens)
+    assert cost.dense == diffratio.macs(transformer_of(backbone), run=reference).total
+    outside = run.forwards * describe(transformer).outer(GRID.tokens, run.text_tokens)
     assert sum(cost.per_block) + outside == cost.total
 
 
@@ -107,10 +112,20 @@ GRID8 = TokenGrid(8, 8)
 KNOBS = [name for name in methods() if name not in ("dense", "diffcr", "measured")]
 
 
-@pytest.fixture(scope="module")
-def medium() -> torch.nn.Module:
+MEDIUM = {"num_layers": 8, "sample_size": 16, "num_attention_heads": 4, "attention_head_dim": 16}
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def medium(request: pytest.FixtureRequest) -> torch.nn.Module:
     """Eight layers, 8x8 tokens, width 64."""
-    return get_backbone("dit").tiny(num_layers=8, sample_size=16, num_attention_heads=4, attention_head_dim=16)
+    return get_backbone(request.param).tiny(**MEDIUM)
+
+
+def medium_run(transformer: torch.nn.Module, steps: int) -> SamplingRun:
+    """A uniform run of it, with the text tokens of `inputs`."""
+    return replace(
+        run_of(backbone_of(transformer).name), grid=GRID8, noise_levels=uniform_run(steps, GRID8).noise_levels
+    )
 
 
 @pytest.mark.parametrize("steps", [20, 7])
@@ -119,7 +134,7 @@ def medium() -> torch.nn.Module:
 def test_for_budget_lands_or_says_what_is_reachable(
     medium: torch.nn.Module, name: str, budget: float, steps: int
 ) -> None:
-    run = uniform_run(steps, GRID8)
+    run = medium_run(medium, steps)
     try:
         config = diffratio.for_budget(name, medium, budget, run=run)
     except BudgetUnreachable as error:
@@ -145,20 +160,21 @@ def _fraction(transformer: torch.nn.Module, config: MethodConfig, run: SamplingR
 
 @pytest.mark.parametrize("name", list(methods()))
 def test_a_budget_of_one_is_dense(medium: torch.nn.Module, name: str) -> None:
-    run = uniform_run(20, GRID8)
+    run = medium_run(medium, 20)
     assert _fraction(medium, diffratio.for_budget(name, medium, 1.0, run=run), run) == 1.0
 
 
 @pytest.mark.parametrize("name", ["mod", "hand", "tome", "tofu", "sdtm", "importance", "random_keep", "block_drop"])
 def test_the_solved_config_is_what_runs(medium: torch.nn.Module, name: str) -> None:
-    run = uniform_run(4, GRID8)
+    run = medium_run(medium, 4)
     config = diffratio.for_budget(name, medium, 0.7, run=run)
-    twin = get_backbone("dit").tiny(num_layers=8, sample_size=16, num_attention_heads=4, attention_head_dim=16).eval()
+    backbone = backbone_of(medium)
+    twin = backbone.tiny(**MEDIUM).eval()
     diffratio.apply_(twin, config)
     total = 0
     for step, level in enumerate(run.noise_levels):
         in_run(twin, run, step)
-        batch = inputs((level,)) | {"hidden_states": torch.randn(1, 1, 16, 16)}
+        batch = inputs((level,), backbone=backbone.name) | {"hidden_states": torch.randn(1, 1, 16, 16)}
         once = count_macs(twin, lambda batch=batch: forward(twin, batch))
         total += (1 if pairs_halves(twin) else run.halves) * once
     cost = diffratio.macs(twin, run=run)
@@ -174,8 +190,8 @@ def test_budgets_outside_their_range_are_refused(medium: torch.nn.Module, name: 
 
 def test_uneven_runs_are_budgeted_by_their_own_steps(medium: torch.nn.Module) -> None:
     """SD3's shift puts most steps at noisy levels, where the rule cuts."""
-    levels = tuple(3 * u / (1 + 2 * u) for u in uniform_run(20, GRID8).noise_levels)
-    run = SamplingRun(levels, GRID8)
+    even = medium_run(medium, 20)
+    run = replace(even, noise_levels=tuple(3 * u / (1 + 2 * u) for u in even.noise_levels))
     config = diffratio.for_budget("hand", medium, 0.8, run=run)
     assert 0.79 <= _fraction(medium, config, run) <= 0.8
-    assert _fraction(medium, config, uniform_run(20, GRID8)) > 0.81  # another run, another cost
+    assert _fraction(medium, config, even) > 0.81  # another run, another cost

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffratio.backbones import backbone_of
+from diffratio.backbones import backbone_of, check_classes
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup
 from diffratio.evaluation.compare.cheats import probe
@@ -68,6 +68,7 @@ class Referee:
         self.held_out, self.device, self.say = held_out, device, say
         self.provenance = provenance(device, extractor.id)
         transformer = lineup.dense.pipe.transformer
+        check_classes(transformer, "compare")
         self.labels = balanced_labels(settings.n, backbone_of(transformer).null_label(transformer) or 1)
         self._costs: dict[str, tuple[list[dict[str, Any]], float | None]] = {}
         self._losses: dict[str, Tensor] = {}
