@@ -5,18 +5,18 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, Terminated
 from diffratio.training.run import train
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    """Trains; bad input is one line and exit code 2."""
+    """Trains; bad input is one line and exit code 2, a failure 1, SIGTERM 143."""
     try:
         train(cfg)
-    except DiffratioError as error:
+    except (DiffratioError, Terminated) as error:
         print(f"diffratio: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffratio import __version__
-from diffratio.errors import DiffratioError, ReportedElsewhere, unknown
+from diffratio.errors import DiffratioError, ReportedElsewhere, Terminated, unknown
 from diffratio.files import configs_folder
 
 KINDS = ("methods", "backbones", "data", "experiments", "checkpoints")
@@ -372,10 +372,6 @@ def _print(answer: Answer, as_json: bool) -> None:
         print(yaml.safe_dump(_plain(answer.document), sort_keys=False, allow_unicode=True, width=120).rstrip())
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a queue or a shutdown sends: what is under way is put in order as after Ctrl-C."""
-
-
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
@@ -392,6 +388,11 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _speaks() -> bool:
+    """Whether this is the one of several processes that answers."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
@@ -406,18 +407,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
         debug = debug or args.debug
         quiet = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
-        # Lightning has an answer of its own to a termination
-        with quiet, contextlib.nullcontext() if args.function is train else _terminable():
+        with quiet, _terminable():
             answer = args.function(args)
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # one of several processes answers
+        if _speaks():
             _print(answer, args.json)
         sys.stdout.flush()
         return int(answer.code)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a wrong word
         return stop.code if isinstance(stop.code, int) else 1
-    except Terminated:
-        print("diffratio: terminated", file=sys.stderr)
-        return 143
+    except Terminated as stop:
+        if _speaks():
+            print(f"diffratio: {str(stop) or 'terminated'}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("diffratio: interrupted", file=sys.stderr)
         return 130
@@ -427,8 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        bad_input = isinstance(error, DiffratioError)
-        kind = "" if bad_input else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, DiffratioError) else f"{type(error).__name__}: "
         if not isinstance(error, ReportedElsewhere):  # one of several processes says it
             print(f"diffratio: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if bad_input else 1
+        return error.exit_code if isinstance(error, DiffratioError) else 1

@@ -1,4 +1,4 @@
-"""Errors that a user can cause and can mend; the command line prints them as one line and exits 2."""
+"""Errors that a user can cause and can mend, or that end a job; the command line prints them as one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,28 @@ from collections.abc import Iterable
 
 
 class DiffratioError(ValueError):
-    """Bad input: the message names the thing, the value, the allowed set and the way out."""
+    """Bad input: the message names the thing, the value, the allowed set and the way out.
+
+    Attributes:
+        exit_code: of the process that it ends.
+    """
+
+    exit_code = 2
+
+
+class RunFailed(DiffratioError):
+    """A job whose input was good failed on the way: numbers overflow, a disk is full. What was saved stays good."""
+
+    exit_code = 1
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a queue or a shutdown sends: what is under way is put in order as after Ctrl-C.
+
+    The message, where there is one, says how to go on.
+    """
+
+    exit_code = 143
 
 
 class BudgetUnreachable(DiffratioError):

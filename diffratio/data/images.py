@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,6 +169,12 @@ class ImageData(LightningDataModule):
         """Infinite loader of this process's part of the training stream, from `position` on."""
         stream = TrainStream(self._held(0), self._shard(), self._cursor, self.seed, self._augmentation)
         return self._loader(stream)
+
+    def train_rows(self, positions: Sequence[int]) -> list[int]:
+        """Rows of the source's training split that stand at these positions of the training stream."""
+        split = self._pair()[0]
+        stream = TrainStream(split, self._shard(), self._cursor, self.seed, self._augmentation)
+        return [int(row) for row in split.rows[stream.rows(np.asarray(positions, dtype=np.int64))]]
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Loader of all held-out images, classes taking turns, labels kept; positions are indices into that order."""

@@ -74,10 +74,7 @@ class TrainStream(IterableDataset[Batch]):
     def batch(self, start: int, count: int) -> Batch:
         """The samples at positions start, ..., start + count - 1."""
         positions = np.arange(start, start + count)
-        epochs, places = np.divmod(positions, len(self.split))
-        rows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = self._permutation(int(epoch))[places[epochs == epoch]]
+        rows = self.rows(positions)
         images = _normalised(self.split.pixels(rows))  # (B, C, H, W)
         labels = torch.from_numpy(self.split.labels[rows])  # (B,)
         mirrored, dropped = uniforms(self.seed, start, count)[:, :2].T
@@ -87,6 +84,14 @@ class TrainStream(IterableDataset[Batch]):
         if self.augmentation.null_label is not None:
             labels[torch.from_numpy(dropped < self.augmentation.label_dropout)] = self.augmentation.null_label
         return {"images": images, "labels": labels, "positions": torch.from_numpy(positions)}
+
+    def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Indices into the split of the samples at these positions, (B,) -> (B,)."""
+        epochs, places = np.divmod(positions, len(self.split))
+        rows = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = self._permutation(int(epoch))[places[epochs == epoch]]
+        return rows
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._permutations:

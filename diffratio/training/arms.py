@@ -14,7 +14,15 @@ from diffratio.errors import DiffratioError
 from diffratio.training.run import CONFIG_FILE, RESULT_FILE, check, compose, plain_config, train
 
 CONTROL = "dense_finetuned"
-_FREE = ("paths", "ckpt_path", "trainer.enable_progress_bar", "callbacks.pictures_every")  # change no weight
+# change no weight (of a run whose numbers stay finite)
+_FREE = (
+    "paths",
+    "ckpt_path",
+    "trainer.enable_progress_bar",
+    "callbacks.pictures_every",
+    "callbacks.nonfinite",
+    "callbacks.max_skipped",
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -22,19 +21,22 @@ from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.cost.table import LatencyTable, load_cost_table
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError, unknown
-from diffratio.files import atomic_file
 from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods, solve_for_budget
 from diffratio.objectives import Objective, get_objective
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
+from diffratio.training.health import RoutingHealth
 from diffratio.training.logs import RunCSVLogger
 from diffratio.training.module import Training, dense_copy
+from diffratio.training.saving import SafeCheckpointIO
 from diffratio.training.schedules import read_schedule
-from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
+from diffratio.training.settings import BudgetSettings, GuardSettings, LossSettings, OptimizerSettings
+from diffratio.training.termination import Termination
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
 _LOSS = ("timesteps", "distill")  # keys of the objective group that say how it is minimised
+_GUARD = ("nonfinite", "max_skipped")  # keys of the callbacks group; runs of earlier versions have none
 
 
 def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
@@ -178,6 +180,8 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     optimizer = typed(OptimizerSettings, cfg["optimizer"], "optimizer")
     shared = {key: cfg["objective"][key] for key in _LOSS}
     loss = typed(LossSettings, {**shared, "seed": cfg["seed"]}, "objective")
+    guarded = {key: cfg["callbacks"][key] for key in _GUARD if key in cfg["callbacks"]}
+    guard = typed(GuardSettings, guarded, "callbacks")
     objective = build_objective(cfg)
     torch.manual_seed(cfg["seed"])
     transformer = build_transformer(cfg, data)
@@ -195,7 +199,7 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
             f"timed in multiples of {costs.alignment}; `diffratio bench table alignment={schedule.alignment}`"
         )
     probe_n = cfg["callbacks"]["probe_n"]
-    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs)
+    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard)
     if module.learning_ratios:
         assert module.keep_ratios is not None
         lowest = module.projection.lowest(*module.keep_ratios.rho.shape)
@@ -205,15 +209,6 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
                 f"costs {lowest:.3f} of the dense {budget.counted}; set budget.target to at least {lowest:.3f}"
             )
     return module
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes aside and renames, so that the last good checkpoint stays good."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Saves whole or not at all."""
-        with atomic_file(Path(path)) as temporary:
-            super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
 def build_logger(cfg: Config, folder: Path) -> Any:
@@ -254,7 +249,9 @@ def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Tr
     chosen += [
         Throughput(),
         RatioLog(folder, callbacks["ratios_every"]),
+        RoutingHealth(callbacks["ratios_every"]),
         Pictures(folder, callbacks["pictures_every"], callbacks["pictures_n"], cfg["budget"]["steps"]),
+        Termination(folder),
         ModelCheckpoint(
             dirpath=folder / "checkpoints",
             filename="last",
@@ -277,7 +274,7 @@ def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Tr
             logger=logger,
             callbacks=chosen,
             default_root_dir=folder,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[SafeCheckpointIO()],
         )
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise DiffratioError(f"trainer: {error}; mend the keys of trainer") from None

@@ -17,6 +17,7 @@ from diffratio.sampling.schedulers import make_scheduler
 from diffratio.training.build import build_data, build_module
 from diffratio.training.latency import with_own_table
 from diffratio.training.module import Training
+from diffratio.training.saving import read_resumable
 
 
 def card_of(plain: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -66,25 +67,6 @@ def export_module(module: Training, out: Path, card: dict[str, Any], dtype: torc
     """Writes a module's transformer as a checkpoint folder."""
     sampler = make_scheduler(card["sampler"]["name"], card["objective"])
     return export(module.transformer, out, card=card, scheduler=sampler, dtype=dtype)
-
-
-def read_resumable(path: Path) -> dict[str, Any]:
-    """What Lightning saved; tensors stay on disk until they are used.
-
-    Raises:
-        DiffratioError: the file is damaged, or no checkpoint of a run.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if missing := {"state_dict", "callbacks", "global_step"} - set(saved):
-            raise KeyError(f"it has no {sorted(missing)[0]}")
-    except Exception as error:  # torch raises several kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DiffratioError(
-            f"checkpoint {str(path)!r} cannot be read ({reason}); copy it again, or train anew in another folder"
-        ) from None
-    assert isinstance(saved, dict)
-    return saved
 
 
 def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str | None) -> dict[str, Any]:

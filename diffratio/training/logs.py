@@ -21,7 +21,7 @@ class RunCSVLogger(CSVLogger):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, name="logs", version="")
+        super().__init__(folder, name="logs", version="", flush_logs_every_n_steps=1)  # a kill must not lose rows
         self.path = folder / "logs" / "metrics.csv"
         self.earlier: list[Any] = _read(self.path)[1] if self.path.is_file() else []
 

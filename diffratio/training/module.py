@@ -21,7 +21,8 @@ from diffratio.objectives.validation import region_losses
 from diffratio.routing.ratios import BudgetProjection
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.surgery import attachment, drop_root_module_
-from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
+from diffratio.training.guard import NonFiniteGuard
+from diffratio.training.settings import BudgetSettings, GuardSettings, LossSettings, OptimizerSettings
 
 _HARM_MEMORY = 0.95
 
@@ -39,6 +40,7 @@ class Training(LightningModule):
         teacher: the frozen dense model, where there is distillation.
         probe_n: held-out pictures for the loss before and after rounding.
         costs: cost table of the run in the budget's unit; None counts MACs.
+        guard: what happens at a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Training(LightningModule):
         teacher: nn.Module | None = None,
         probe_n: int = 100,
         costs: CostTable | None = None,
+        guard: GuardSettings | None = None,
     ) -> None:
         super().__init__()
+        self.guard = NonFiniteGuard(guard or GuardSettings())
         self.transformer, self.objective = transformer.train(), objective
         self.loss, self.optimizer_settings, self.budget, self.run = loss, optimizer, budget, run
         # in a list: the teacher is neither trained nor saved
@@ -66,6 +70,7 @@ class Training(LightningModule):
             self.method.alignment = self.costs.alignment  # ratios are learned at the token counts that cost the budget
         self.projection = BudgetProjection(self.costs)
         self.begin = self.projection.fraction(self.keep_ratios) if self.keep_ratios is not None else 1.0
+        self._first_ratios = self.keep_ratios.table() if self.keep_ratios is not None else []
         shape = self.keep_ratios.rho.shape if self.keep_ratios is not None else (1, 1)
         self.register_buffer("harm", torch.zeros(shape))
         self.harm: Tensor
@@ -106,6 +111,13 @@ class Training(LightningModule):
             groups["ratios"] = [self.keep_ratios.rho]
         return groups
 
+    def ratios_moved(self) -> float:
+        """Largest distance of a keep ratio from where it began; 0 where none are learned. One read of the device."""
+        if self.keep_ratios is None:
+            return 0.0
+        pairs = zip(self.keep_ratios.table(), self._first_ratios, strict=True)
+        return max(abs(now - first) for row in pairs for now, first in zip(*row, strict=True))
+
     def averaged(self) -> list[nn.Parameter]:
         """What the moving average follows."""
         groups = self.groups()
@@ -129,7 +141,8 @@ class Training(LightningModule):
         levels = levels.to(clean.device)
         noised = self.objective.noised(clean, noise.to(clean.device), levels)
         output = self.predict(noised.inputs, levels, batch["labels"])
-        loss = self.objective.losses(output, noised).mean()
+        losses = self.objective.losses(output, noised)  # (B,)
+        loss = losses.mean()
         self.log("train/diffusion_loss", loss.detach(), prog_bar=True)
         if self._teacher:
             with torch.no_grad():
@@ -140,12 +153,7 @@ class Training(LightningModule):
             loss = loss + self.loss.distill * distance
         if self.keep_ratios is not None and not self.learning_ratios:
             loss = loss + 0 * self.keep_ratios.rho.sum()  # DDP refuses parameters without gradient
-        if not torch.isfinite(loss):
-            raise DiffratioError(
-                f"the loss is {float(loss.detach())} at step {self.global_step} "
-                f"(samples {positions[0]}..{positions[-1]}); "
-                "lower optimizer.lr, or resume the last checkpoint with ckpt_path=last"
-            )
+        self.guard.see(loss, losses, positions)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
@@ -190,18 +198,34 @@ class Training(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clips weights and routers; the ratios lose the component along the cost instead."""
-        if self.optimizer_settings.clip:
-            groups = self.groups()
-            norm = nn.utils.clip_grad_norm_(groups["weights"] + groups["routers"], self.optimizer_settings.clip)
-            self.log("train/grad_norm", norm)
+        """Clips weights and routers; the ratios lose the component along the cost instead.
+
+        An update that is not finite gets no further: its gradients are dropped, and an optimizer without gradients
+        leaves weights and moments as they are.
+        """
+        groups = self.groups()
+        gradients = [one.grad for one in groups["weights"] + groups["routers"] if one.grad is not None]
+        norms = [nn.utils.get_total_norm(gradients)] if gradients else []
+        ratio_gradient = self.keep_ratios.rho.grad if self.learning_ratios and self.keep_ratios is not None else None
+        if ratio_gradient is not None:
+            ratio_gradient.mul_(ratio_gradient.new_tensor(self.region_weights))
+            norms.append(ratio_gradient.norm())
+        sound = self.guard.passes(self.trainer, norms)
+        if self.guard.settings.nonfinite == "skip":
+            self.log("train/skipped_steps", float(self.guard.skipped))
+        if not sound:
+            optimizer.zero_grad(set_to_none=True)
+            return
+        if gradients and self.optimizer_settings.clip:
+            nn.utils.clip_grads_with_norm_(
+                groups["weights"] + groups["routers"], self.optimizer_settings.clip, norms[0]
+            )
+            self.log("train/grad_norm", norms[0])
         if self.learning_ratios:
             assert self.keep_ratios is not None
-            if self.keep_ratios.rho.grad is not None:
-                gradient = self.keep_ratios.rho.grad
-                gradient.mul_(gradient.new_tensor(self.region_weights))
-                self.harm.mul_(_HARM_MEMORY).sub_((1 - _HARM_MEMORY) * gradient)
-                self.log("ratios/grad_norm", gradient.norm())
+            if ratio_gradient is not None:
+                self.harm.mul_(_HARM_MEMORY).sub_((1 - _HARM_MEMORY) * ratio_gradient)
+                self.log("ratios/grad_norm", norms[-1])
             self.projection.remove_component_(self.keep_ratios)
         elif self.keep_ratios is not None:
             self.log("ratios/grad_norm", 0.0)  # Lightning would repeat the last value
@@ -276,12 +300,14 @@ class Training(LightningModule):
         checkpoint["diffratio"] = {
             "schedule": schedule.to_json() if learned and schedule else None,
             "rounding": dict(self.rounding),
+            "guard": self.guard.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Freezes first where the saved job had frozen."""
         saved = checkpoint.get("diffratio") or {}
         self.rounding = dict(saved.get("rounding") or {})
+        self.guard.restore(saved.get("guard") or {})
         if saved.get("schedule") and self.learning_ratios:
             self._fix(KeepSchedule.from_json(saved["schedule"]))
         stored, own = checkpoint["state_dict"], self.state_dict()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffratio.errors import DiffratioError, unknown
+from diffratio.errors import DiffratioError, RunFailed, Terminated, unknown
 from diffratio.files import atomic_file, configs_folder, writable_folder, write_json
 
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
@@ -256,31 +257,32 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         DiffratioError: bad settings, or a run folder that holds another run.
+        RunFailed: the numbers overflowed, or the disk is full.
+        Terminated: SIGTERM came; the message names the checkpoint to go on from.
     """
     from lightning.pytorch.utilities import rank_zero_only
 
     from diffratio.training.build import build_data, build_module, build_trainer
-    from diffratio.training.export import read_resumable
     from diffratio.training.latency import keep_table, with_own_table
+    from diffratio.training.saving import LAST, present, read_resumable, resumable
 
     plain = plain_config(cfg)
     started = time.perf_counter()
     folder = Path(plain["paths"]["output_dir"])
-    last = folder / "checkpoints" / "last.ckpt"
-    resume: str | None = None
+    resume: Path | None = None
     if plain["ckpt_path"] == "last":
-        resume = str(last) if last.is_file() else None
+        resume = resumable(folder)
     elif plain["ckpt_path"]:
-        if not Path(plain["ckpt_path"]).is_file():
+        resume = Path(plain["ckpt_path"])
+        if not resume.is_file():
             raise DiffratioError(f"ckpt_path={plain['ckpt_path']!r} is no file; `last` resumes the run folder")
-        resume = str(plain["ckpt_path"])
-    elif last.is_file():
+        read_resumable(resume)
+    elif present(folder):
         raise DiffratioError(
             f"run folder {str(folder)!r} holds a run already; resume it with ckpt_path=last, "
             "or choose another paths.output_dir"
         )
     if resume is not None:
-        read_resumable(Path(resume))
         plain = with_own_table(plain, folder)
     data = build_data(plain)
     module = build_module(plain, data)
@@ -297,20 +299,43 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         with atomic_file(writable_folder(folder) / CONFIG_FILE) as path:
             path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         keep_table(plain, folder)
-    with warnings.catch_warnings():
+    with _in_order(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_EXPECTED)
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            raise KeyboardInterrupt from None
-    if module.learning_ratios:  # stopped early, by trainer.max_time
-        module.freeze_schedule(trainer.global_step)
-    trainer.save_checkpoint(last, weights_only=False)
+        trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=True)
+        if module.learning_ratios:  # stopped early, by trainer.max_time
+            module.freeze_schedule(trainer.global_step)
+        trainer.save_checkpoint(folder / "checkpoints" / LAST, weights_only=False)
     seconds = time.perf_counter() - started
-    result = _finish(plain, module, trainer, folder, seconds)
-    if trainer.is_global_zero:
-        write_json(folder / RESULT_FILE, result)
+    with _in_order(folder):
+        result = _finish(plain, module, trainer, folder, seconds)
+        if trainer.is_global_zero:
+            write_json(folder / RESULT_FILE, result)
     return result
+
+
+@contextlib.contextmanager
+def _in_order(folder: Path) -> Iterator[None]:
+    """Gives what ends a started job early its one line: SIGTERM, Ctrl-C, a disk that takes no more."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from diffratio.training.saving import last_good
+    from diffratio.training.termination import way_on
+
+    try:
+        yield
+    except SystemExit as stop:  # Lightning's answer to both signals
+        if isinstance(stop, SIGTERMException) or isinstance(stop.__context__, Terminated):
+            raise Terminated(way_on(folder)) from None
+        raise KeyboardInterrupt from None
+    except Terminated:
+        raise Terminated(way_on(folder)) from None
+    except OSError as error:
+        first = error.__context__  # Lightning writes its log once more after a failure, which fails too
+        while first is not None:
+            if isinstance(first, DiffratioError):
+                raise first from None
+            first = first.__context__
+        raise RunFailed(f"{error}; {last_good(folder)}: mend that and run the command again") from error
 
 
 def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seconds: float) -> dict[str, Any]:

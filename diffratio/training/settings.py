@@ -11,6 +11,7 @@ from diffratio.objectives.draws import TIMESTEPS
 
 WEIGHTINGS = ("run", "density")
 TRAINABLE = ("all", "none")
+NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -141,3 +142,22 @@ class LossSettings:
             raise unknown("objective.timesteps", self.timesteps, TIMESTEPS)
         if self.distill < 0:
             raise DiffratioError(f"objective.distill {self.distill!r} must not be negative")
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What happens at a loss or gradient that is not finite.
+
+    Args:
+        nonfinite: `stop` ends the job; `skip` leaves that step's update out and goes on.
+        max_skipped: skipped steps in a row after which `skip` ends the job too.
+    """
+
+    nonfinite: str = "stop"
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        if self.nonfinite not in NONFINITE:
+            raise unknown("callbacks.nonfinite", self.nonfinite, NONFINITE)
+        if self.max_skipped < 1:
+            raise DiffratioError(f"callbacks.max_skipped {self.max_skipped!r} must be at least 1")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import assert_equal, metrics
 from tiny_run import checkpoint_of, rows_of, train_tiny
 from torch import Tensor
 
@@ -45,31 +46,6 @@ def train_with_a_cut(
     assert not (run / "result.json").exists() and not (run / "export").exists()
     assert checkpoint_of(run)["global_step"] == every
     return train_tiny(data, run, *overrides, "ckpt_path=last")
-
-
-def assert_equal(found: Any, expected: Any, path: str = "") -> None:
-    """The same nested values, bit for bit."""
-    assert type(found) is type(expected), path
-    if isinstance(expected, Tensor):
-        assert torch.equal(found, expected), path
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), path
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{path}/{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), path
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            assert_equal(*pair, f"{path}/{index}")
-    else:
-        assert found == expected, path
-
-
-def metrics(run: Path) -> list[dict[str, str]]:
-    """What was logged, but for the clock."""
-    return [
-        {key: value for key, value in row.items() if key not in ("train/images_per_second", "epoch")}
-        for row in rows_of(run / "logs" / "metrics.csv")
-    ]
 
 
 @pytest.mark.parametrize(
@@ -154,13 +130,14 @@ def test_a_run_without_a_checkpoint_is_not_exported(
 @pytest.fixture
 def short(data: Path, tmp_path: Path) -> Path:
     """A run of two steps."""
-    train_tiny(data, tmp_path / "run", "trainer.max_steps=2", "method=mod")
+    train_tiny(data, tmp_path / "run", "trainer.max_steps=2", "method=mod", "callbacks.checkpoint_every=1")
     return tmp_path / "run"
 
 
-def test_a_truncated_checkpoint_is_one_error(data: Path, short: Path, tmp_path: Path) -> None:
-    path = short / "checkpoints" / "last.ckpt"
-    path.write_bytes(path.read_bytes()[:-1000])
+def test_without_a_whole_checkpoint_there_is_one_error(data: Path, short: Path, tmp_path: Path) -> None:
+    for name in ("last.ckpt", "last.prev.ckpt"):
+        path = short / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[:-1000])
     before = {file: file.stat().st_mtime_ns for file in short.rglob("*") if file.is_file()}
     with pytest.raises(DiffratioError, match="last.ckpt' cannot be read"):
         train_tiny(data, short, "ckpt_path=last")

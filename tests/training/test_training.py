@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,7 @@ def test_regions_weigh_in_the_ratios_as_in_the_run(data: Path, weighting: str, m
     )
     module = build.build_module(plain, None)  # type: ignore[arg-type]
     monkeypatch.setattr(module, "log", lambda *_: None)
+    module.trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
     assert module.keep_ratios is not None
     module.keep_ratios.rho.grad = torch.ones_like(module.keep_ratios.rho)
     module.configure_gradient_clipping(None)  # type: ignore[arg-type]
