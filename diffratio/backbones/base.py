@@ -16,6 +16,7 @@ from diffratio.cost.run import Guidance, Halves, SamplingRun
 from diffratio.errors import DiffratioError, unknown
 from diffratio.tokens.grid import TokenGrid
 
+TIMESTEPS = 1000  # of the timestep input of diffusers' transformers that take one of 0..1000
 _REGISTERED: dict[str, Backbone] = {}
 B = TypeVar("B", bound="type[Backbone]")
 
@@ -139,6 +140,48 @@ class Backbone(ABC):
         from diffratio.cost.run import uniform_run
 
         return uniform_run(steps, self.grid(transformer), guidance, self.text_tokens(transformer))
+
+
+class OneStream(Backbone):
+    """One stream of image tokens through `transformer_blocks`, timesteps of 0..1000, predictions in whole patches.
+
+    Attributes:
+        transformer_class: diffusers' class.
+    """
+
+    transformer_class: ClassVar[Any]
+
+    def matches(self, transformer: nn.Module) -> bool:
+        """Whether it is diffusers' class, converted in place or not."""
+        return isinstance(transformer, self.transformer_class)
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """`transformer_blocks`."""
+        blocks = transformer.transformer_blocks
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """u = t / 1000, whatever the objective."""
+        return timestep.float() / TIMESTEPS
+
+    def timestep(self, noise_level: Tensor) -> Tensor:
+        """t = 1000 u, a float."""
+        return noise_level * TIMESTEPS
+
+    def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, in_channels * patch^2)."""
+        config: Any = transformer.config
+        return patches(output[:, : config.in_channels], config.patch_size)
+
+    def load(self, source: str, **options: Any) -> nn.Module:
+        """A transformer folder, a pipeline folder, or a hub id."""
+        return from_pretrained(self.transformer_class, source, **options)
+
+    def from_config(self, config: Mapping[str, Any]) -> nn.Module:
+        """Random weights."""
+        transformer: Any = self.transformer_class.from_config(dict(config))
+        return transformer
 
 
 def check_classes(transformer: nn.Module, what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,35 +9,25 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import attention_modules, index_attention_, plain_attention_
-from diffratio.backbones.base import Backbone, from_pretrained, patches, register
+from diffratio.backbones.base import OneStream, register
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.tokens.grid import TokenGrid
 
-_TIMESTEPS = 1000  # the timestep input runs over 0..1000 in diffusers' DiT, whatever the objective
 _FREQUENCIES = 256  # sinusoidal channels that enter each timestep embedder
 
 
 @register
-class DiT(Backbone):
+class DiT(OneStream):
     """One stream of image tokens; every block has its own timestep and label embedder."""
 
     name = "dit"
+    transformer_class = DiTTransformer2DModel
     per_sample = ("timestep", "class_labels")
     sites = {"self_attention": "attn1", "feed_forward": "ff"}
     batched = ("hidden_states", "timestep", "class_labels")
     attention = "cross_attention_kwargs"
-
-    def matches(self, transformer: nn.Module) -> bool:
-        """Whether it is diffusers' class, converted in place or not."""
-        return isinstance(transformer, DiTTransformer2DModel)
-
-    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
-        """`transformer_blocks`."""
-        blocks = transformer.transformer_blocks
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
 
     def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
         """Raises DiffratioError where the sample is not a square of whole patches, which diffusers' DiT needs."""
@@ -51,19 +40,6 @@ class DiT(Backbone):
                 f"patches (configured size {config.sample_size}); resize or pad the data (data.image_size)"
             )
         return TokenGrid(height // patch, width // patch)
-
-    def noise_level(self, timestep: Tensor) -> Tensor:
-        """u = t / 1000."""
-        return timestep.float() / _TIMESTEPS
-
-    def timestep(self, noise_level: Tensor) -> Tensor:
-        """t = 1000 u, a float."""
-        return noise_level * _TIMESTEPS
-
-    def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, in_channels * patch^2)."""
-        config: Any = transformer.config
-        return patches(output[:, : config.in_channels], config.patch_size)
 
     def null_label(self, transformer: nn.Module) -> int:
         """The extra row of the label table."""
@@ -122,15 +98,6 @@ class DiT(Backbone):
         for block in self.blocks(transformer):
             nn.init.normal_(block.norm1.linear.weight, std=0.3)  # type: ignore[union-attr,arg-type]
             nn.init.normal_(block.norm1.linear.bias, std=0.3)  # type: ignore[union-attr,arg-type]
-        return transformer
-
-    def load(self, source: str, **options: Any) -> nn.Module:
-        """A transformer folder, a pipeline folder with `transformer/`, or a hub id such as facebook/DiT-XL-2-256."""
-        return from_pretrained(DiTTransformer2DModel, source, **options)
-
-    def from_config(self, config: Mapping[str, Any]) -> nn.Module:
-        """Random weights."""
-        transformer: Any = DiTTransformer2DModel.from_config(dict(config))
         return transformer
 
     def prepare_(self, transformer: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,23 +9,23 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import IndexedAttention, TextAttention, index_attention_, plain_attention_
-from diffratio.backbones.base import Backbone, from_pretrained, patches, register
+from diffratio.backbones.base import OneStream, register
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.tokens.grid import TokenGrid
 
-_TIMESTEPS = 1000
 _FREQUENCIES = 256  # sinusoidal channels that enter each embedder
 _TEXT_TOKENS = {"alpha": 120, "sigma": 300}  # what their pipelines pad every prompt to
 _SIGMA_SIZE = 128  # from this latent size on, alpha has micro-conditions and Sigma has none
 
 
 @register
-class PixArt(Backbone):
+class PixArt(OneStream):
     """One stream of image tokens that reads the text by cross-attention; one modulation for all blocks."""
 
     name = "pixart"
+    transformer_class = PixArtTransformer2DModel
     condition = "text"
     pipeline = "PixArtAlphaPipeline"
     # `timestep` is the shared modulation (B, 6 d) inside the blocks; the text and its mask have no image tokens
@@ -43,16 +42,6 @@ class PixArt(Backbone):
     guidance_order = "uncond_first"
     attention = "cross_attention_kwargs"
 
-    def matches(self, transformer: nn.Module) -> bool:
-        """Whether it is diffusers' class, converted in place or not."""
-        return isinstance(transformer, PixArtTransformer2DModel)
-
-    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
-        """`transformer_blocks`."""
-        blocks = transformer.transformer_blocks
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
-
     def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
         """Any height and width; raises DiffratioError where they are not whole patches."""
         config: Any = transformer.config
@@ -65,19 +54,6 @@ class PixArt(Backbone):
                 f"{patch} times the VAE's scale factor"
             )
         return TokenGrid(height // patch, width // patch)
-
-    def noise_level(self, timestep: Tensor) -> Tensor:
-        """u = t / 1000."""
-        return timestep.float() / _TIMESTEPS
-
-    def timestep(self, noise_level: Tensor) -> Tensor:
-        """t = 1000 u, a float."""
-        return noise_level * _TIMESTEPS
-
-    def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, in_channels * patch^2)."""
-        config: Any = transformer.config
-        return patches(output[:, : config.in_channels], config.patch_size)
 
     def text_tokens(self, transformer: nn.Module) -> int:
         """300 where the configuration can only be Sigma's, otherwise alpha's 120: smaller ones look the same."""
@@ -166,15 +142,6 @@ class PixArt(Backbone):
         nn.init.normal_(transformer.adaln_single.linear.weight, std=0.3)
         for block in self.blocks(transformer):
             nn.init.normal_(block.scale_shift_table, std=0.3)  # type: ignore[arg-type]
-        return transformer
-
-    def load(self, source: str, **options: Any) -> nn.Module:
-        """A transformer folder, a pipeline folder, or a hub id such as PixArt-alpha/PixArt-XL-2-512x512."""
-        return from_pretrained(PixArtTransformer2DModel, source, **options)
-
-    def from_config(self, config: Mapping[str, Any]) -> nn.Module:
-        """Random weights."""
-        transformer: Any = PixArtTransformer2DModel.from_config(dict(config))
         return transformer
 
     def index_attention_(self, transformer: nn.Module) -> Any:
