@@ -14,6 +14,7 @@ from diffratio.methods.base import BlockCall, check_budget, register
 from diffratio.methods.estimators import Pair, exact, in_groups, one_sample, soft
 from diffratio.methods.routed import RoutedConfig, RoutedMethod
 from diffratio.routing.ratios import Bracket, KeepRatios, bracket
+from diffratio.routing.router import ranking
 from diffratio.routing.schedule import KeepSchedule, Table, constant_table, round_to_budget
 
 ESTIMATORS = ("grouped", "soft", "loop")
@@ -117,12 +118,13 @@ class DiffCRMethod(RoutedMethod):
         if self.config.estimator == "grouped":
             return in_groups(call, logits, pairs, weights, exact, twice=True)
         samples = torch.arange(batch, device=weights.device).split(1)
-        return torch.cat(
-            [
-                one_sample(call.select(one), logits[i : i + 1], pairs[i], weights[i : i + 1])
-                for i, one in enumerate(samples)
-            ]
-        )
+        parts = zip(samples, logits.split(1), pairs, weights.split(1), strict=True)
+        return torch.cat([self._alone(layer, call.select(one), *rest) for one, *rest in parts])
+
+    def _alone(self, layer: int, call: BlockCall, logits: Tensor, pair: Pair, weight: Tensor) -> Tensor:
+        """A batch of one, a bin at a time."""
+        ranked = ranking(logits)
+        return one_sample(pair, weight, lambda kept: self.run_best(layer, call, logits, ranked, kept))
 
     def _pair(self, at: Bracket, tokens: int, learning: bool) -> Pair:
         """The derivative in a ratio needs both bins even where its value is one of them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffratio.methods.base import BlockCall
-from diffratio.routing.router import best, ranking, straight_through
+from diffratio.routing.router import learns, ranking, straight_through
 from diffratio.tokens.plan import KeepPlan, token_rows
 
 _FLOOR = 1e-30  # of the weight inside the logarithm: float32 still holds its reciprocal, and nothing attends to it
@@ -137,7 +137,7 @@ def exact(part: Part) -> Tensor:
     # with equally many tokens this changes nothing, but the ratios stay in the graph, as DDP needs
     mixed = upper if pair.value_only else torch.lerp(lower.to(dtype), upper.to(dtype), weight[:, None, None].to(dtype))
     # both passes have the same gate, so it may stand around their mixture
-    return straight_through(x, mixed, part.logits) if _learns(part.logits) else mixed
+    return straight_through(x, mixed, part.logits) if learns(part.logits) else mixed
 
 
 def soft(part: Part) -> Tensor:
@@ -151,38 +151,33 @@ def soft(part: Part) -> Tensor:
     weight = part.weight[:, None].to(torch.promote_types(part.weight.dtype, torch.float32))  # bf16 has no 1 - 1e-3
     boundary = part.rank >= part.pair.low
     scale = torch.where(boundary, weight, torch.ones_like(weight))  # (b, high)
-    if part.pair.value_only:
-        y = call()
-    elif part.pair.low == part.pair.high:
+    if part.pair.value_only or part.pair.low == part.pair.high:
         y = call()
         scale = scale + 0 * weight  # the ratios stay in the graph, as DDP needs
     else:
         # the floor is taken from the value alone: at the lowest ratio, where w = 0, clamp would end the gradient
         floored = weight + (weight.clamp(min=_FLOOR) - weight).detach()
         y = call(key_bias=torch.where(boundary, floored.log(), torch.zeros_like(floored)))
-    if _learns(part.logits):
+    if learns(part.logits):
         gate = torch.sigmoid(part.logits)
         scale = scale * (1 + (gate - gate.detach()))
     return torch.lerp(x.to(y.dtype), y, scale[..., None].to(y.dtype))
 
 
-def one_sample(call: BlockCall, logits: Tensor, pair: Pair, weight: Tensor) -> Tensor:
-    """The exact estimate of a batch of one, a bin at a time: too simple to be wrong. Returns (1, N, C)."""
-    upper = _one_bin(call, logits, pair.high)
+def one_sample(pair: Pair, weight: Tensor, run: Callable[[int], Tensor]) -> Tensor:
+    """The exact estimate of a batch of one, a bin at a time: too simple to be wrong.
+
+    Args:
+        pair: of the sample.
+        weight: w of the upper bin (1,).
+        run: (number of tokens) -> the block on so many of the best tokens (1, N, C), gated.
+
+    Returns:
+        (1, N, C).
+    """
+    upper = run(pair.high)
     if pair.value_only:
         return upper
-    lower = upper if pair.low == pair.high else _one_bin(call, logits, pair.low)
+    lower = upper if pair.low == pair.high else run(pair.low)
     dtype = torch.promote_types(lower.dtype, upper.dtype)
     return torch.lerp(lower.to(dtype), upper.to(dtype), weight[:, None, None].to(dtype))
-
-
-def _one_bin(call: BlockCall, logits: Tensor, kept: int) -> Tensor:
-    plan = KeepPlan(best(ranking(logits), kept))
-    y = call(plan)
-    if _learns(logits):
-        y = straight_through(plan.reduce(call.x), y, logits.gather(1, plan.index))
-    return plan.restore(y, call.x)
-
-
-def _learns(logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad

@@ -13,7 +13,7 @@ from diffratio.cost.macs import BlockUse, Description, tokens_of_bin
 from diffratio.cost.run import SamplingRun, StepContext, region_of, regions_of
 from diffratio.errors import DiffratioError
 from diffratio.methods.base import BlockCall, Method, MethodConfig
-from diffratio.routing.router import TokenRouter, best, ranking, straight_through
+from diffratio.routing.router import TokenRouter, best, learns, ranking, straight_through
 from diffratio.routing.schedule import KeepSchedule, Table
 from diffratio.tokens.plan import KeepPlan
 
@@ -146,7 +146,7 @@ class RoutedMethod(Method):
     def run_best(self, layer: int, call: BlockCall, logits: Tensor, ranked: Tensor, kept: int) -> Tensor:
         """The block on the k best tokens, gated, on top of the untouched rest."""
         x = call.x
-        learning = torch.is_grad_enabled() and logits.requires_grad
+        learning = learns(logits)
         if kept == x.shape[1]:
             y = call()
             return straight_through(x, y, logits) if learning else y

@@ -42,6 +42,11 @@ def best(ranked: Tensor, kept: int) -> Tensor:
     return ranked[:, :kept].sort(dim=1).values
 
 
+def learns(logits: Tensor) -> bool:
+    """Whether a gate on these logits would get gradient."""
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
 def straight_through(x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
     """Gives the router gradient without changing the value.
 

@@ -36,7 +36,6 @@ from diffratio.training.termination import Termination
 T = TypeVar("T")
 Config = Mapping[str, Any]
 _LOSS = ("timesteps", "distill")  # keys of the objective group that say how it is minimised
-_GUARD = ("nonfinite", "max_skipped")  # keys of the callbacks group; runs of earlier versions have none
 
 
 def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
@@ -55,14 +54,9 @@ def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
             value = float(value)
         if isinstance(default, tuple):
             value = tuple(value)
-        if default is None and (value is None or type(value) is str):
-            chosen[key] = value
-            continue
-        if type(value) is not type(default):
-            raise DiffratioError(
-                f"{section}.{key} is {value!r}, a {type(value).__name__}; it takes a "
-                f"{'str' if default is None else type(default).__name__}"
-            )
+        kind = str if default is None else type(default)
+        if type(value) is not kind and value is not default:
+            raise DiffratioError(f"{section}.{key} is {value!r}, a {type(value).__name__}; it takes a {kind.__name__}")
         chosen[key] = value
     return cls(**chosen)
 
@@ -124,16 +118,15 @@ def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) ->
         trainable = ", ".join(["dense", *(one for one in methods() if get_method(one).learned)])
         raise DiffratioError(f"method {name!r} is training-free; train takes {trainable}, compare takes every method")
     run = budget_run(transformer, budget)
+    costs = None if budget.unit == "macs" else budget_costs(transformer, budget, run)
     for key in ("schedule", "start"):
         if isinstance(values.get(key), str):
-            costs = budget_costs(transformer, budget, run)
-            found = read_schedule(values[key], name, transformer, costs, budget.target, key)
+            found = read_schedule(values[key], name, transformer, run, budget.target, key, costs)
             values |= {key if one == "schedule" else one: value for one, value in found.items()}
     given = {key: value for key, value in values.items() if value is not None}
     if cls.learned and name != "diffcr" and given.keys() <= {"name", "ranking"}:
         description = backbone_of(transformer).describe(transformer)
-        other = None if budget.unit == "macs" else budget_costs(transformer, budget, run)
-        config = solve_for_budget(cls, description, run, budget.target, other)
+        config = solve_for_budget(cls, description, run, budget.target, costs)
         return dataclasses.replace(config, **{key: value for key, value in given.items() if key != "name"})
     return config_from_json(given)
 
@@ -180,8 +173,8 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     optimizer = typed(OptimizerSettings, cfg["optimizer"], "optimizer")
     shared = {key: cfg["objective"][key] for key in _LOSS}
     loss = typed(LossSettings, {**shared, "seed": cfg["seed"]}, "objective")
-    guarded = {key: cfg["callbacks"][key] for key in _GUARD if key in cfg["callbacks"]}
-    guard = typed(GuardSettings, guarded, "callbacks")
+    known = {field.name for field in dataclasses.fields(GuardSettings)}  # runs of earlier versions have none of them
+    guard = typed(GuardSettings, {key: value for key, value in cfg["callbacks"].items() if key in known}, "callbacks")
     objective = build_objective(cfg)
     torch.manual_seed(cfg["seed"])
     transformer = build_transformer(cfg, data)

@@ -22,7 +22,13 @@ _RULES = ("mod", "hand")
 
 
 def read_schedule(
-    name: str, method: str, transformer: nn.Module, costs: CostTable, budget: float, key: str = "schedule"
+    name: str,
+    method: str,
+    transformer: nn.Module,
+    run: SamplingRun,
+    budget: float,
+    key: str = "schedule",
+    costs: CostTable | None = None,
 ) -> dict[str, Any]:
     """Values of a method's config from `method.schedule=NAME`.
 
@@ -30,9 +36,10 @@ def read_schedule(
         name: a keep schedule or routing.json (JSON), a sensitivity map, or a checkpoint that ships with a map.
         method: registered name; `block_drop` takes the map's order of blocks, every other one its schedule.
         transformer: dense; on the meta device its weights are not compared with the map's.
-        costs: cost table of the run that the budget counts, in the budget's unit.
-        budget: fraction of that run's dense cost, for which a map is solved.
+        run: the run that the budget counts.
+        budget: fraction of its dense cost, for which a map is solved.
         key: of the method's config that names it, for messages.
+        costs: cost table of the run, for a budget in its unit; None counts MACs.
 
     Raises:
         DiffratioError: no such file, or a map of another run or other weights.
@@ -47,13 +54,12 @@ def read_schedule(
             )
         document = read_json(path, f"method.{key}")
         return {"schedule": document.get("method", document).get("schedule", document)}
-    found = required_map(path, transformer, costs.run)
+    found = required_map(path, transformer, run)
     description = backbone_of(transformer).describe(transformer)
-    given = None if costs.unit == "macs" else costs
     if method == "block_drop":
-        config = BlockDropMethod.for_budget(description, costs.run, budget, found.block_order(), costs=given)
+        config = BlockDropMethod.for_budget(description, run, budget, found.block_order(), costs=costs)
         return {key: value for key, value in config_to_json(config).items() if key != "name"}
-    return {"schedule": found.schedule(description, budget, costs=given)}
+    return {"schedule": found.schedule(description, budget, costs=costs)}
 
 
 def predicted_errors(

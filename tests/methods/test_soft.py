@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quotients import check_ratio_gradient
 from torch import Tensor
 
 import diffratio
@@ -90,23 +91,7 @@ def test_the_weight_enters_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("table", [BETWEEN, MIXED], ids=["between", "mixed"])
 def test_the_ratio_gradient_is_its_own_difference_quotient(table: list[list[float]]) -> None:
     """Through the update and through the keys; on a bin from below, at the lowest ratio from above."""
-    transformer = learning(table)
-    loss_of(transformer).backward()
-    rho, nudge = transformer.keep_ratios.rho, 2e-5  # more than what counts as being on a bin
-    gradient = rho.grad.clone()
-    with torch.no_grad():
-        for layer, row in enumerate(table):
-            for region, ratio in enumerate(row):
-                on_bin = abs(10 * ratio - round(10 * ratio)) < 1e-9
-                below = 0.0 if on_bin and ratio == 0.1 else nudge
-                above = nudge if not on_bin or ratio == 0.1 else 0.0
-                values = []
-                for at in (ratio + above, ratio - below):
-                    rho[layer, region] = at
-                    values.append(loss_of(transformer))
-                rho[layer, region] = ratio
-                quotient = (values[0] - values[1]) / (above + below)
-                torch.testing.assert_close(gradient[layer, region], quotient, atol=1e-4, rtol=5e-3)
+    check_ratio_gradient(learning(table), table, loss_of, atol=1e-4, rtol=5e-3)
 
 
 def test_it_pulls_the_ratios_where_the_exact_one_does() -> None:
