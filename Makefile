@@ -17,7 +17,7 @@ $(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 2; }
 	@start=$$(date +%s); test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e ".[metrics,report$(if $(findstring dev,$@),$(comma)dev)]" && touch $@ && \
+	  -e ".[metrics,text,report$(if $(findstring dev,$@),$(comma)dev)]" && touch $@ && \
 	echo "set up in $$(( $$(date +%s) - start )) s"
 
 comma := ,

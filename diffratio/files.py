@@ -22,6 +22,14 @@ def configs_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def cache_folder() -> Path:
+    """What is kept between runs: `DIFFRATIO_CACHE`, else `diffratio` in the user's cache folder."""
+    chosen = os.environ.get("DIFFRATIO_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffratio"
+
+
 def writable_folder(folder: str | Path) -> Path:
     """Creates a folder and checks that files can be written into it.
 

@@ -19,7 +19,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 LEAVES = {"errors", "files", "catalog"}  # anyone may import them
 _BASE = {"tokens", "cost"}
 _MODELS = _BASE | {"routing", "methods", "backbones"}
-_SURGERY = _MODELS | {"surgery"}
+_SURGERY = _MODELS | {"surgery", "conditions"}
 _SAMPLING = _SURGERY | {"sampling", "checkpoint"}
 _SENSITIVITY = _SAMPLING | {"objectives"}
 # room -> rooms it may import, each also what stands before it there
@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "catalog": set(),
     "tokens": set(),
+    "conditions": set(),
     "cost": {"tokens"},
     "routing": _BASE,
     "backbones": _BASE,

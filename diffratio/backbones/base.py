@@ -17,6 +17,7 @@ from diffratio.errors import DiffratioError, unknown
 from diffratio.tokens.grid import TokenGrid
 
 TIMESTEPS = 1000  # of the timestep input of diffusers' transformers that take one of 0..1000
+TEXT_TOKENS = "_text_tokens"  # note in a configuration
 _REGISTERED: dict[str, Backbone] = {}
 B = TypeVar("B", bound="type[Backbone]")
 
@@ -73,6 +74,22 @@ class Backbone(ABC):
     def timestep(self, noise_level: Tensor) -> Tensor:
         """Inverse of `noise_level`."""
 
+    def predict(self, transformer: nn.Module, inputs: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> Tensor:
+        """The transformer's output.
+
+        Args:
+            transformer: dense or converted.
+            inputs: (B, C, H, W).
+            timestep: the family's timestep input (B,).
+            condition: the arguments that a condition stands for, with one entry a sample.
+
+        Returns:
+            (B, C or 2C, H, W).
+        """
+        output = transformer(inputs, timestep=timestep, **condition, return_dict=False)[0]
+        assert isinstance(output, Tensor)
+        return output
+
     @abstractmethod
     def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
         """Prediction (B, C, H, W) -> (B, N, c) by token, without learned variance."""
@@ -119,8 +136,16 @@ class Backbone(ABC):
         return None
 
     def text_tokens(self, transformer: nn.Module) -> int:
-        """Text tokens of one sample in the default run."""
-        return 0
+        """Text tokens of one sample in the default run: what was set, or what the family's pipelines use."""
+        return int(transformer.config.get(TEXT_TOKENS, 0))  # type: ignore[union-attr, operator]
+
+    def text_width(self, transformer: nn.Module) -> int:
+        """Channels of a text token's state, of text-conditional families."""
+        raise NotImplementedError
+
+    def set_text_tokens_(self, transformer: nn.Module, tokens: int) -> None:
+        """Notes in the configuration how many text tokens a sample has; diffusers ignores and keeps the note."""
+        transformer.register_to_config(**{TEXT_TOKENS: tokens})  # type: ignore[operator]
 
     def example(
         self, transformer: nn.Module, batch: int, seed: int = 0, run: SamplingRun | None = None

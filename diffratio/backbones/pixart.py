@@ -56,10 +56,18 @@ class PixArt(OneStream):
         return TokenGrid(height // patch, width // patch)
 
     def text_tokens(self, transformer: nn.Module) -> int:
-        """300 where the configuration can only be Sigma's, otherwise alpha's 120: smaller ones look the same."""
+        """What was set; else 300 where it can only be Sigma's, otherwise alpha's 120: smaller ones look the same."""
+        known = super().text_tokens(transformer)
+        if known:
+            return known
         config: Any = transformer.config
         sigma = config.sample_size >= _SIGMA_SIZE and not transformer.use_additional_conditions
         return _TEXT_TOKENS["sigma" if sigma else "alpha"]
+
+    def text_width(self, transformer: nn.Module) -> int:
+        """Channels of the captions, or of the keys where there is no caption projection."""
+        config: Any = transformer.config
+        return int(config.cross_attention_dim if config.caption_channels is None else config.caption_channels)
 
     def example(
         self, transformer: nn.Module, batch: int, seed: int = 0, run: SamplingRun | None = None
@@ -71,7 +79,7 @@ class PixArt(OneStream):
         generator = torch.Generator().manual_seed(seed)
         height, width = run.grid.height * config.patch_size, run.grid.width * config.patch_size
         noise = torch.randn(batch, config.in_channels, height, width, generator=generator)
-        text = torch.randn(batch, run.text_tokens, _text_width(transformer), generator=generator)
+        text = torch.randn(batch, run.text_tokens, self.text_width(transformer), generator=generator)
         arguments: dict[str, Any] = {
             "hidden_states": noise.to(like.device, like.dtype),
             "encoder_hidden_states": text.to(like.device, like.dtype),
@@ -162,9 +170,3 @@ class PixArt(OneStream):
     def _attention(self, transformer: nn.Module) -> tuple[list[Any], list[Any]]:
         blocks: Any = self.blocks(transformer)
         return [block.attn1 for block in blocks], [block.attn2 for block in blocks]
-
-
-def _text_width(transformer: Any) -> int:
-    """Channels of the text embeddings that the transformer takes."""
-    captions = transformer.config.caption_channels
-    return int(transformer.config.cross_attention_dim if captions is None else captions)

@@ -13,7 +13,7 @@ from diffratio.bench.table import Row, Variant, measure
 from diffratio.checkpoint import load_pipeline
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
-from diffratio.sampling.generate import balanced_labels, generate
+from diffratio.sampling.generate import generate, in_turn
 from diffratio.sampling.schedulers import noise_levels, set_steps
 
 
@@ -89,12 +89,14 @@ def sampling_run(pipe: Any, steps: int, guidance_scale: float) -> SamplingRun:
     """The dense run of a pipeline: its scheduler's own noise levels."""
     set_steps(pipe.scheduler, steps)
     guidance = "cfg" if guidance_scale > 1 else "none"
-    return SamplingRun(noise_levels(pipe.scheduler), backbone_of(pipe.transformer).grid(pipe.transformer), guidance)  # type: ignore[arg-type]
+    backbone = backbone_of(pipe.transformer)
+    grid, text = backbone.grid(pipe.transformer), backbone.text_tokens(pipe.transformer)
+    return SamplingRun(noise_levels(pipe.scheduler), grid, guidance, text)  # type: ignore[arg-type]
 
 
 def sampling_call(pipe: Any, batch: int, steps: int, guidance_scale: float, seed: int) -> Callable[[], object]:
     """One sampling run of `batch` samples, always the same ones."""
-    labels = balanced_labels(batch, backbone_of(pipe.transformer).null_label(pipe.transformer) or 1)
+    labels = in_turn(pipe, batch)
     return lambda: generate(
         pipe, batch, seed=seed, labels=labels, batch_size=batch, steps=steps,
         guidance_scale=guidance_scale, quiet=True, distributed=False,

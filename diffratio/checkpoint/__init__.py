@@ -9,7 +9,7 @@ from diffratio.checkpoint.card import Card, SamplerSettings, read_card
 from diffratio.checkpoint.layout import checkpoint_kind, checkpoints_root, list_checkpoints, require_kind, resolve
 
 if TYPE_CHECKING:
-    from diffratio.checkpoint.load import load_pipeline, load_skeleton, load_transformer
+    from diffratio.checkpoint.load import load_pipeline, load_skeleton, load_transformer, text_of
     from diffratio.checkpoint.save import export
 
 # these import torch and diffusers
@@ -18,6 +18,7 @@ _LAZY = {
     "load_transformer": "diffratio.checkpoint.load",
     "load_pipeline": "diffratio.checkpoint.load",
     "load_skeleton": "diffratio.checkpoint.load",
+    "text_of": "diffratio.checkpoint.load",
 }
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "read_card",
     "require_kind",
     "resolve",
+    "text_of",
 ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffratio.conditions import EncoderId
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import read_json
 
@@ -51,6 +52,7 @@ class Card:
         objective: what it predicts, `flow` or `noise`.
         sampler: how it is sampled by default.
         class_names: one name a class, in the order of the labels; empty where there are none.
+        text: encoder of its captions, where the checkpoint holds none of its own; None without text.
         data: what it was trained on.
         training: steps, batch size, learning rate, time ...; plain data.
         metrics: measured quality and cost; plain data.
@@ -64,6 +66,7 @@ class Card:
     objective: str = "flow"
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     class_names: tuple[str, ...] = ()
+    text: EncoderId | None = None
     data: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -133,6 +136,14 @@ class Card:
             values["sampler"] = SamplerSettings(**sampler)
         elif not isinstance(sampler, SamplerSettings):
             raise DiffratioError(f"card: sampler must be an object, got {sampler!r}")
+        text = values.get("text")
+        if isinstance(text, Mapping):
+            try:
+                values["text"] = EncoderId(**text)
+            except (TypeError, DiffratioError) as error:
+                raise DiffratioError(f"card: text must be name, revision, tokens and width, got {error}") from None
+        elif text is not None and not isinstance(text, EncoderId):
+            raise DiffratioError(f"card: text must be an object, got {text!r}")
         names = values.get("class_names")
         if isinstance(names, list):
             values["class_names"] = tuple(names)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import get_backbone
-from diffratio.backbones.base import Backbone, backbone_of_class
+from diffratio.backbones.base import TEXT_TOKENS, Backbone, backbone_of_class
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import read_card
 from diffratio.checkpoint.parts import is_text, pipeline_around
 from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
+from diffratio.conditions import EncoderId
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json, sha256
 from diffratio.methods.base import MethodConfig, config_from_json
@@ -67,6 +68,14 @@ def load_skeleton(source: str | Path) -> nn.Module:
         return _build(_family(config, path), config, path)
 
 
+def text_of(source: str | Path) -> EncoderId | None:
+    """The text encoder that a checkpoint's card names; None where there is no card, or no text in it."""
+    place = resolve_folder(source)
+    if isinstance(place, str) or not (place / layout.CARD).is_file():
+        return None
+    return read_card(place).text
+
+
 def load_pipeline(
     source: str | Path,
     dtype: torch.dtype | str | None = None,
@@ -100,6 +109,10 @@ def load_pipeline(
         )
     scheduler = _scheduler(place)
     transformer = load_transformer(place, dtype, device)
+    text = text_of(place)
+    if text is not None:
+        pipe = build_pipeline(transformer, scheduler, text=text)
+        return attach_(pipe) if is_applied(transformer) else pipe
     if is_text(transformer):
         others = resolve_folder(parts) if parts is not None else place
         others = _download(others) if isinstance(others, str) else others
@@ -207,7 +220,10 @@ def _family(config: Mapping[str, Any], path: Path) -> Backbone:
 
 def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
     try:
-        return backbone.from_config(public(config))
+        transformer = backbone.from_config(public(config))
+        if type(config.get(TEXT_TOKENS)) is int and config[TEXT_TOKENS] > 0:
+            backbone.set_text_tokens_(transformer, config[TEXT_TOKENS])
+        return transformer
     except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
         raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {error}") from None
 

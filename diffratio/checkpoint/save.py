@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import Backbone, backbone_of
+from diffratio.backbones.base import TEXT_TOKENS
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import Card
 from diffratio.checkpoint.parts import check_pipeline, save_parts
@@ -66,7 +67,7 @@ def export(
     config: dict[str, Any] = {
         key: value
         for key, value in json.loads(transformer.to_json_string()).items()  # type: ignore[operator]
-        if not key.startswith("_") or key in ("_class_name", "_diffusers_version")
+        if not key.startswith("_") or key in ("_class_name", "_diffusers_version", TEXT_TOKENS)
     }
     config["_class_name"] = class_name = type(transformer).__name__  # a swapped class keeps the name
     state = _state(transformer, backbone, config, learned, storage)
@@ -96,7 +97,9 @@ def export(
         if vae is not None:
             _save_vae(vae, temporary / layout.VAE)
         index = _index(config, scheduler, vae, full_card)
-        if text:
+        if full_card.text is not None:
+            index |= {"_class_name": "PixelTextPipeline", "text": dataclasses.asdict(full_card.text)}
+        elif text:
             index["_class_name"] = backbone.pipeline if pipeline is None else type(pipeline).__name__
         parts = {} if pipeline is None else save_parts(pipeline, temporary)
         write_json(temporary / layout.INDEX, index | parts)
@@ -217,6 +220,12 @@ def _complete(
         if given.get(key, fact) != fact:
             raise DiffratioError(f"card: {key} is {given[key]!r} and what is exported is {fact!r}; mend the card")
     full = Card.from_json({"name": name, **facts, **given})
+    if full.text is not None:
+        if backbone.condition != "text":
+            raise DiffratioError(f"card: text is {full.text} and backbone {backbone.name} reads none; leave it out")
+        width = backbone.text_width(transformer)
+        if full.text.width != width:
+            raise DiffratioError(f"card: text of {full.text.width} channels for a transformer that reads {width}")
     classes = backbone.null_label(transformer)
     if full.class_names and classes is not None and len(full.class_names) != classes:
         raise DiffratioError(f"card: {len(full.class_names)} class_names for a transformer of {classes} classes")

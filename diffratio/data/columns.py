@@ -95,6 +95,23 @@ def class_indices(table: Dataset, split: str, column: str, names: list[str]) -> 
     return labels
 
 
+def captions_of(table: Dataset, split: str, column: str) -> list[str]:
+    """Caption of every row.
+
+    Raises:
+        DiffratioError: no such column, one that holds no text, or a row without a caption.
+    """
+    _require(table, split, column, "caption_column", "; or set text to null for a model without text")
+    values = _values(table, column).tolist()
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DiffratioError(
+                f"row {row} of split {split!r} has no caption ({column}={value!s}); write one, remove the row, or set "
+                f"caption_column to another of {', '.join(table.column_names)}"
+            )
+    return [str(value) for value in values]
+
+
 def _values(table: Dataset, column: str) -> NDArray[np.generic]:
     values = table.select_columns([column]).with_format("arrow")[:][column]
     if values.null_count:  # stay as objects, so that a gap keeps its row

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffratio.data.columns import class_indices, class_names, undecoded
+from diffratio.conditions import Captions, Classes, Conditions, cached_captions
+from diffratio.data.columns import captions_of, class_indices, class_names, undecoded
 from diffratio.data.registry import embedded_sets
 from diffratio.data.source import open_source
 from diffratio.data.split import ImageFormat, ImageSplit, interleaved
@@ -27,12 +29,13 @@ _HELD_IMAGES, _HELD_SIZE = 200_000, 64
 
 
 class ImageData(LightningDataModule):
-    """Images in [-1, 1] with class labels, from any source, in an order that can be resumed exactly.
+    """Images in [-1, 1] with class labels or captions, from any source, in an order that can be resumed exactly.
 
     A batch is a dict of `images` float32 (B, C, H, W) in [-1, 1], `labels` int64 (B,) and `positions` int64 (B,).
-    The label `num_classes` is the null label; without classes all labels are 0. The training stream is infinite: train
-    by steps (`max_steps`, an integer `val_check_interval`). Its sample at a position depends on (seed, position) alone,
-    not on batch size, number of processes or workers.
+    A label is the number of a class or of a caption; `conditions` turns it into the transformer's arguments. The label
+    `conditions.null` is the null label; without classes and captions all labels are 0. The training stream is infinite:
+    train by steps (`max_steps`, an integer `val_check_interval`). Its sample at a position depends on (seed, position)
+    alone, not on batch size, number of processes or workers.
 
     Args:
         source: embedded set, folder of images, parquet file or folder, or hub id; see `open_source`.
@@ -42,6 +45,8 @@ class ImageData(LightningDataModule):
         num_classes: classes of the model (the set may have fewer); None for a model without classes.
         image_column: column that holds the images.
         label_column: column that holds the classes; not read where `num_classes` is None.
+        caption_column: column that holds the captions; not read where `text` is None.
+        text: `encoder` and `tokens` of the captions, of a text-conditional model; None for one without text.
         train_split: split to train on.
         validation_split: held-out split. None, or a source with one split only: a part of the training split.
         validation_fraction: size of that part, in (0, 1).
@@ -77,6 +82,8 @@ class ImageData(LightningDataModule):
         name: str | None = None,
         image_column: str = "image",
         label_column: str | None = "label",
+        caption_column: str = "caption",
+        text: Mapping[str, Any] | None = None,
         train_split: str = "train",
         validation_split: str | None = "test",
         validation_fraction: float = 0.05,
@@ -94,6 +101,11 @@ class ImageData(LightningDataModule):
         _at_least("seed", seed, 0)
         if num_classes is not None:
             _at_least("num_classes", num_classes, 1, "; null for a model without classes")
+        if text is not None:
+            if num_classes is not None:
+                raise DiffratioError(f"num_classes={num_classes} and text={dict(text)}: a model takes one of the two")
+            if set(text) != {"encoder", "tokens"}:
+                raise DiffratioError(f"text has the keys encoder and tokens, got {', '.join(map(str, text)) or 'none'}")
         if channels not in (1, 3):
             raise DiffratioError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
         if not 0.0 <= label_dropout <= 1.0:
@@ -106,10 +118,18 @@ class ImageData(LightningDataModule):
         self.train_split, self.validation_split = train_split, validation_split
         self.validation_fraction, self.batch_size, self.num_workers = validation_fraction, batch_size, num_workers
         self._form = ImageFormat(image_size, channels, pad_to)
-        self._augmentation = Augmentation(flip, label_dropout, num_classes)
+        self.caption_column, self.text = caption_column, text
+        self._flip, self._label_dropout = flip, label_dropout
         self._cursor = Cursor()
         self._splits: tuple[ImageSplit, ImageSplit] | None = None
         self._class_names: list[str] = []
+        self._captions: Captions | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """What labels stand for."""
+        self.setup()
+        return self._captions if self._captions is not None else Classes(self.num_classes)
 
     @property
     def class_names(self) -> list[str]:
@@ -140,8 +160,10 @@ class ImageData(LightningDataModule):
         self.set_position(state_dict["position"])
 
     def prepare_data(self) -> None:
-        """Downloads a hub set once per machine."""
-        if self._splits is None and self.source not in embedded_sets():
+        """Downloads a hub set, and encodes captions, once per machine."""
+        if self._splits is None and self.text is not None:
+            self.setup()
+        elif self._splits is None and self.source not in embedded_sets():
             open_source(self.source)
 
     def setup(self, stage: str | None = None) -> None:
@@ -154,26 +176,30 @@ class ImageData(LightningDataModule):
             return
         tables = open_source(self.source)
         train = self._table(tables, self.train_split, "train_split")
+        validation = None
+        if self.validation_split is not None and (self.validation_split in tables or len(tables) > 1):
+            validation = self._table(tables, self.validation_split, "validation_split")
         if self.num_classes is not None:
             self._class_names = class_names(train, self.train_split, self.label_column, self.num_classes)
-        if self.validation_split is None or (self.validation_split not in tables and len(tables) == 1):
+        if self.text is not None:
+            self._captions = self._encoded([train, *([] if validation is None else [validation])])
+        whole = self._split(self.train_split, train)
+        if validation is None:
             kept, held = self._partition(len(train))
-            whole = self._split(self.train_split, train)
-            self._splits = whole.reordered(kept), _in_turn(whole.reordered(held))
+            self._splits = whole.reordered(kept), self._in_turn(whole.reordered(held))
         else:
-            validation = self._table(tables, self.validation_split, "validation_split")
-            held_split = self._split(self.validation_split, validation)
-            self._splits = self._split(self.train_split, train), _in_turn(held_split)
+            assert self.validation_split is not None
+            self._splits = whole, self._in_turn(self._split(self.validation_split, validation))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Infinite loader of this process's part of the training stream, from `position` on."""
-        stream = TrainStream(self._held(0), self._shard(), self._cursor, self.seed, self._augmentation)
+        stream = TrainStream(self._held(0), self._shard(), self._cursor, self.seed, self._augmentation())
         return self._loader(stream)
 
     def train_rows(self, positions: Sequence[int]) -> list[int]:
         """Rows of the source's training split that stand at these positions of the training stream."""
         split = self._pair()[0]
-        stream = TrainStream(split, self._shard(), self._cursor, self.seed, self._augmentation)
+        stream = TrainStream(split, self._shard(), self._cursor, self.seed, self._augmentation())
         return [int(row) for row in split.rows[stream.rows(np.asarray(positions, dtype=np.int64))]]
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -201,7 +227,7 @@ class ImageData(LightningDataModule):
 
     def reference(self, n: int) -> tuple[Tensor, Tensor]:
         """n training images, neither mirrored nor shuffled, classes taking turns; see `held_out`."""
-        return _first(_in_turn(self._pair()[0]), n)
+        return _first(self._in_turn(self._pair()[0]), n)
 
     @property
     def held_out_size(self) -> int:
@@ -233,9 +259,29 @@ class ImageData(LightningDataModule):
 
     def _split(self, name: str, table: Dataset) -> ImageSplit:
         labels = np.zeros(len(table), dtype=np.int64)
+        if self._captions is not None:
+            labels = np.array(self._captions.numbers(captions_of(table, name, self.caption_column)), dtype=np.int64)
         if self.num_classes is not None and self.label_column is not None:
             labels = class_indices(table, name, self.label_column, self._class_names)
         return ImageSplit(name, table, self.image_column, np.arange(len(table)), labels, self._form)
+
+    def _encoded(self, tables: Sequence[Dataset]) -> Captions:
+        """All captions of the splits, each once, in the order in which they come."""
+        assert self.text is not None
+        names = (self.train_split, self.validation_split or self.train_split)
+        found = [captions_of(table, name, self.caption_column) for table, name in zip(tables, names, strict=False)]
+        texts = [text for text in dict.fromkeys(text for part in found for text in part) if text]
+        return cached_captions(texts, self.text["encoder"], self.text["tokens"], _say)
+
+    def _augmentation(self) -> Augmentation:
+        null = self.num_classes if self._captions is None else self._captions.null
+        return Augmentation(self._flip, self._label_dropout, null)
+
+    def _in_turn(self, split: ImageSplit) -> ImageSplit:
+        """Held-out samples so that any first n stand for all: classes taking turns, captions shuffled."""
+        if self._captions is None:
+            return split.reordered(interleaved(split.labels))
+        return split.reordered(np.random.default_rng([0, len(split)]).permutation(len(split)))
 
     def _partition(self, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         held = max(1, round(self.validation_fraction * rows))
@@ -257,8 +303,8 @@ class ImageData(LightningDataModule):
         return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
 
-def _in_turn(split: ImageSplit) -> ImageSplit:
-    return split.reordered(interleaved(split.labels))
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _first(split: ImageSplit, n: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from diffratio.errors import unknown
 
 _SETS = {
     "fashion_mnist": "Fashion-MNIST, balanced part: 20,000 + 5,000 held-out 28x28 grey images, 10 classes (MIT)",
+    "emoji64": "emoji64: 6,212 + 317 + 403 captioned 64x64 colour emoji in 4 styles (Apache-2.0, CC-BY 4.0, MIT)",
 }
 
 

@@ -47,7 +47,7 @@ def mask_overlays(
     pipe: Any,
     folder: str | Path,
     name: str,
-    labels: Sequence[int] = (0, 3, 7),
+    labels: Sequence[int | str] = (0, 3, 7),
     steps: int = 20,
     guidance_scale: float = 2.0,
     seed: int = 0,
@@ -58,7 +58,7 @@ def mask_overlays(
         pipe: a pipeline with its method attached, or a dense one.
         folder: the comparison folder.
         name: what the file is called after, `diffcr-80-s0` for instance.
-        labels: class numbers, one a picture, modulo the number of classes that the model knows.
+        labels: class numbers, modulo the number of classes that the model knows, or prompts; one a picture.
         steps: evaluated steps.
         guidance_scale: classifier-free guidance; at 1 or below one half is evaluated.
         seed: seed of the noise.
@@ -69,8 +69,8 @@ def mask_overlays(
     Raises:
         DiffratioError: steps, labels or a folder that cannot be.
     """
-    classes = pipe.transformer.config.num_embeds_ada_norm
-    labels = [label % classes for label in labels]
+    classes = getattr(pipe.transformer.config, "num_embeds_ada_norm", 1)
+    labels = [label % classes if isinstance(label, int) else label for label in labels]
     trace = trace_tokens(pipe, labels, steps, guidance_scale, seed)
     count = len(trace.computed)
     chosen = sorted({round(i * (count - 1) / max(COLUMNS - 1, 1)) for i in range(COLUMNS)})
@@ -80,7 +80,7 @@ def mask_overlays(
         pictures,
         trace.computed[chosen].unflatten(2, (trace.grid.height, trace.grid.width)),
         [f"step {step + 1} of {count}" for step in chosen],
-        [names.get(label, f"class {label}") for label in labels],
+        [names.get(label, f"class {label}") if isinstance(label, int) else label for label in labels],
     )
     path = f"images/masks-{slug(name)}.png"
     with atomic_file(Path(folder) / path) as temporary:
@@ -89,13 +89,13 @@ def mask_overlays(
 
 
 def trace_tokens(
-    pipe: Any, labels: Sequence[int], steps: int = 20, guidance_scale: float = 2.0, seed: int = 0
+    pipe: Any, labels: Sequence[int | str], steps: int = 20, guidance_scale: float = 2.0, seed: int = 0
 ) -> TokenTrace:
     """Samples one picture a label and records what each block computed. Leaves the pipeline as it was.
 
     Args:
         pipe: a pipeline with its method attached, or a dense one.
-        labels: B class numbers.
+        labels: B class numbers or prompts.
         steps: evaluated steps S.
         guidance_scale: classifier-free guidance.
         seed: seed of the noise.

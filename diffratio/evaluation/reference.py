@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +10,12 @@ import torch
 from torch import Tensor
 
 from diffratio.errors import DiffratioError
-from diffratio.files import atomic_file
+from diffratio.files import atomic_file, cache_folder
 
 if TYPE_CHECKING:
     from diffratio.evaluation.features import FeatureExtractor
 
 _FORMAT = "diffratio-features-2"
-
-
-def cache_folder() -> Path:
-    """Where features are kept between runs: `DIFFRATIO_CACHE`, else `diffratio` in the user's cache folder."""
-    chosen = os.environ.get("DIFFRATIO_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffratio"
 
 
 def cached_features(images: Tensor, extractor: FeatureExtractor, data: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffratio.backbones import check_classes
+from diffratio.backbones import backbone_of
 from diffratio.errors import DiffratioError
 from diffratio.files import atomic_file
 from diffratio.sampling.processes import process_state as _processes
@@ -78,6 +78,22 @@ def balanced_labels(n: int, num_classes: int) -> list[int]:
     return [i % num_classes for i in range(n)]
 
 
+def in_turn(pipe: Any, n: int, start: int = 0) -> list[int | str]:
+    """What samples start, ..., start + n - 1 are conditioned on where nothing else is asked for.
+
+    Classes in turn; of a text-conditional model the pipeline's own `prompts` in turn.
+
+    Raises:
+        DiffratioError: a text-conditional pipeline without prompts.
+    """
+    if backbone_of(pipe.transformer).condition == "class":
+        return list(balanced_labels(start + n, pipe.transformer.config.num_embeds_ada_norm)[start:])
+    prompts = getattr(pipe, "prompts", ())
+    if not prompts:
+        raise DiffratioError("a text-conditional model is sampled by prompts: give labels, n texts")
+    return [prompts[i % len(prompts)] for i in range(start, start + n)]
+
+
 def generate(
     pipe: Any,
     n: int,
@@ -100,7 +116,7 @@ def generate(
         pipe: what `build_pipeline` returns, on its device.
         n: pictures.
         seed: seed of the run.
-        labels: n class numbers or names; None takes class index mod number of classes.
+        labels: n class numbers or names, or n prompts; None takes what `in_turn` gives.
         batch_size: pictures sampled together in one process; changes results by rounding only.
         steps: evaluated steps.
         guidance_scale: classifier-free guidance; 1 or below evaluates the conditional half alone.
@@ -113,15 +129,14 @@ def generate(
         (n, C, H, W) float32 in [-1, 1], on the CPU.
 
     Raises:
-        DiffratioError: a text-conditional model, numbers out of range, labels that are not n, a sampler whose noise
-            cannot be reproduced, or an error in another process (every process raises, none waits for ever).
+        DiffratioError: a text-conditional model without prompts, numbers out of range, labels that are not n, a sampler
+            whose noise cannot be reproduced, or an error in another process (every process raises, none waits).
     """
     for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("start", start, 0)):
         if value < least:
             raise DiffratioError(f"{name} must be at least {least}, got {value}")
-    check_classes(pipe.transformer, "generate")
     if labels is None:
-        labels = balanced_labels(start + n, pipe.transformer.config.num_embeds_ada_norm)[start:]
+        labels = in_turn(pipe, n, start)
     if len(labels) != n:
         raise DiffratioError(f"{len(labels)} labels for n={n} samples: give one for each, or none for balanced classes")
     state = _processes() if distributed else None

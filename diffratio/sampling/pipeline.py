@@ -1,139 +1,75 @@
-"""Pipelines of class-conditional transformers: pixel space here, latent space through diffusers' own DiTPipeline."""
+"""Pipelines in pixel space, and of class-conditional transformers; those in latent space are diffusers' own."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffratio.conditions import EncoderId
+from diffratio.cost.run import Halves
 from diffratio.errors import DiffratioError, unknown
 from diffratio.sampling.schedulers import is_flow, model_timesteps, set_steps, takes_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
-class PixelDiTPipeline(DiffusionPipeline):
-    """Samples a class-conditional transformer that works on pixels; saves and loads as any diffusers pipeline.
+class PixelPipeline(DiffusionPipeline):
+    """The loop of pipelines whose transformer works on pixels.
 
-    Args:
-        transformer: a `DiTTransformer2DModel`, routed or not, in evaluation mode; its null label (for guidance) is
-            `config.num_embeds_ada_norm`.
-        scheduler: what `make_scheduler` returns, or any diffusers scheduler of the model's objective.
-        id2label: class names by class number; a name may list synonyms, separated by commas.
-
-    Example:
-        >>> from diffusers import DiTTransformer2DModel
-        >>> from diffratio.sampling.schedulers import make_scheduler
-        >>> tiny = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, in_channels=1, out_channels=1,
-        ...     num_layers=1, sample_size=8, num_embeds_ada_norm=10).eval()
-        >>> pipe = PixelDiTPipeline(tiny, make_scheduler("flow_euler"))
-        >>> pipe.set_progress_bar_config(disable=True)
-        >>> pipe([3, 7], num_inference_steps=2, output_type="pt").images.shape
-        torch.Size([2, 1, 8, 8])
+    Attributes:
+        guidance_order: how a batch holds the guidance halves.
     """
 
     model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
+    guidance_order: ClassVar[Halves] = "cond_first"
+    _asked: ClassVar[str] = "samples"
     transformer: Any
     scheduler: Any
 
-    def __init__(self, transformer: Any, scheduler: Any, id2label: Mapping[Any, str] | None = None) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
-        # JSON has no integer keys: the same form is kept before and after a save.
-        names = None if id2label is None else {str(key): name for key, name in id2label.items()}
-        self.register_to_config(id2label=names)
-        self.labels = {part.strip(): int(key) for key, name in (names or {}).items() for part in name.split(",")}
-
-    def get_label_ids(self, labels: Sequence[int | str]) -> list[int]:
-        """Class numbers of class names and numbers.
-
-        Args:
-            labels: names of `id2label`, or numbers from 0 to the null label.
-
-        Returns:
-            As many class numbers.
-
-        Raises:
-            DiffratioError: an unknown name, or a number out of range.
-        """
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: int | str) -> int:
-        null = self.transformer.config.num_embeds_ada_norm
-        if isinstance(label, str):
-            if label in self.labels:
-                return self.labels[label]
-            if not self.labels:
-                raise DiffratioError(f"class {label!r}: this pipeline has no class names; give numbers 0 to {null - 1}")
-            raise unknown("class", label, self.labels)
-        try:
-            number = operator.index(label)
-        except TypeError:
-            raise DiffratioError(f"class labels are numbers or names, got {label!r}") from None
-        if not 0 <= number <= null:
-            raise DiffratioError(f"class {number} is out of range: give 0 to {null - 1} ({null} is no class)")
-        return number
-
     @torch.no_grad()
-    def __call__(
+    def _sample(
         self,
-        class_labels: Sequence[int | str],
-        guidance_scale: float = 2.0,
-        num_inference_steps: int = 20,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        batch: int,
+        condition: Callable[[torch.device], Mapping[str, Tensor]],
+        no_condition: Callable[[torch.device], Mapping[str, Tensor]],
+        guidance_scale: float,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        return_dict: bool,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Samples one picture for each label.
-
-        Args:
-            class_labels: B class numbers or names.
-            guidance_scale: classifier-free guidance; higher follows the class more closely. At 1 or below only the
-                conditional half is evaluated, otherwise both, conditional first.
-            num_inference_steps: evaluated steps S.
-            generator: source of the initial noise, and of step noise where the scheduler draws it; a list holds one
-                for each sample.
-            latents: initial noise (B, C, H, W) of unit variance instead of a draw; square, H a multiple of the patch.
-            output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W), both float32 in [0, 1].
-            return_dict: False gives a tuple.
-
-        Returns:
-            The pictures as `.images`, or a tuple of them.
-
-        Raises:
-            DiffratioError: labels, latents, steps or output type that do not fit, or a transformer in training mode.
-        """
+        """Samples `batch` pictures; the two functions give the transformer's arguments of either guidance half."""
         if output_type not in OUTPUT_TYPES:
             raise unknown("output_type", output_type, OUTPUT_TYPES)
         if self.transformer.training:
             raise DiffratioError(
-                "the transformer is in training mode, in which DiT drops class labels at random: "
+                "the transformer is in training mode, in which some families drop conditions at random: "
                 "call pipe.transformer.eval() before sampling"
             )
+        if isinstance(generator, list) and len(generator) != batch:
+            raise DiffratioError(f"{len(generator)} generators for {batch} {self._asked}: give one for each")
         device = self._execution_device
-        numbers = self.get_label_ids(class_labels)
-        if not numbers:
-            raise DiffratioError("class_labels is empty: give at least one class")
-        if isinstance(generator, list) and len(generator) != len(numbers):
-            raise DiffratioError(f"{len(generator)} generators for {len(numbers)} class labels: give one for each")
         guided = guidance_scale > 1
-        labels = torch.tensor(numbers, device=device)
+        arguments = dict(condition(device))
         if guided:
-            null = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
-            labels = torch.cat([labels, null])  # (2B,)
+            other = no_condition(device)
+            first, second = (arguments, other) if self.guidance_order == "cond_first" else (other, arguments)
+            arguments = {key: torch.cat([first[key], second[key]]) for key in arguments}  # (2B, ...)
 
         # The scheduler keeps its timesteps on the host: its steps then read plain numbers and never wait for a device.
         set_steps(self.scheduler, num_inference_steps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        x = self._prepare_latents(len(numbers), generator, latents, device)  # (B, C, H, W) float32
+        x = self._prepare_latents(batch, generator, latents, device)  # (B, C, H, W) float32
         times = model_timesteps(self.scheduler).to(device)
         extra = {"generator": generator} if self._step_takes("generator") else {}
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
@@ -141,9 +77,8 @@ class PixelDiTPipeline(DiffusionPipeline):
             model_input = model_input.to(self.transformer.dtype)
             if guided:
                 model_input = torch.cat([model_input, model_input])
-            output = self.transformer(
-                model_input, timestep=times[step].expand(len(labels)), class_labels=labels, return_dict=False
-            )[0]
+            timestep = times[step].expand(len(model_input))
+            output = self.transformer(model_input, timestep=timestep, **arguments, return_dict=False)[0]
             prediction = self._guide(output.float(), x.shape[1], guidance_scale)
             x = self.scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
 
@@ -198,7 +133,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         learned = output.shape[1] == 2 * channels
         mean = output[:, :channels]
         if guidance_scale > 1:
-            conditional, unconditional = mean.chunk(2)
+            conditional, unconditional = mean.chunk(2)[:: 1 if self.guidance_order == "cond_first" else -1]
             mean = unconditional + guidance_scale * (conditional - unconditional)
         if not takes_variance(self.scheduler):
             return mean
@@ -207,7 +142,10 @@ class PixelDiTPipeline(DiffusionPipeline):
                 "the scheduler expects a learned variance and the transformer predicts none "
                 f"({output.shape[1]} channels for {channels}): choose variance_type='fixed_small'"
             )
-        return torch.cat([mean, output[: len(mean), channels:]], dim=1)
+        variance = output[:, channels:]
+        if guidance_scale > 1 and self.guidance_order != "cond_first":
+            variance = variance[len(mean) :]
+        return torch.cat([mean, variance[: len(mean)]], dim=1)
 
     def _step_takes(self, argument: str) -> bool:
         # Looked up along the class's bases: a subclass may pass its arguments on unnamed.
@@ -215,23 +153,136 @@ class PixelDiTPipeline(DiffusionPipeline):
         return any(argument in inspect.signature(step).parameters for step in steps)
 
 
-def build_pipeline(
-    transformer: Any, scheduler: Any, vae: Any | None = None, id2label: Mapping[Any, str] | None = None
-) -> Any:
-    """The pipeline of a class-conditional transformer.
+class PixelDiTPipeline(PixelPipeline):
+    """Samples a class-conditional transformer that works on pixels; saves and loads as any diffusers pipeline.
 
     Args:
-        transformer: a `DiTTransformer2DModel`, routed or not.
+        transformer: a `DiTTransformer2DModel`, routed or not, in evaluation mode; its null label (for guidance) is
+            `config.num_embeds_ada_norm`.
+        scheduler: what `make_scheduler` returns, or any diffusers scheduler of the model's objective.
+        id2label: class names by class number; a name may list synonyms, separated by commas.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> from diffratio.sampling.schedulers import make_scheduler
+        >>> tiny = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, in_channels=1, out_channels=1,
+        ...     num_layers=1, sample_size=8, num_embeds_ada_norm=10).eval()
+        >>> pipe = PixelDiTPipeline(tiny, make_scheduler("flow_euler"))
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe([3, 7], num_inference_steps=2, output_type="pt").images.shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    _asked = "class labels"
+
+    def __init__(self, transformer: Any, scheduler: Any, id2label: Mapping[Any, str] | None = None) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        # JSON has no integer keys: the same form is kept before and after a save.
+        names = None if id2label is None else {str(key): name for key, name in id2label.items()}
+        self.register_to_config(id2label=names)
+        self.labels = {part.strip(): int(key) for key, name in (names or {}).items() for part in name.split(",")}
+
+    def get_label_ids(self, labels: Sequence[int | str]) -> list[int]:
+        """Class numbers of class names and numbers.
+
+        Args:
+            labels: names of `id2label`, or numbers from 0 to the null label.
+
+        Returns:
+            As many class numbers.
+
+        Raises:
+            DiffratioError: an unknown name, or a number out of range.
+        """
+        return [self._label_id(label) for label in labels]
+
+    def _label_id(self, label: int | str) -> int:
+        null = self.transformer.config.num_embeds_ada_norm
+        if isinstance(label, str):
+            if label in self.labels:
+                return self.labels[label]
+            if not self.labels:
+                raise DiffratioError(f"class {label!r}: this pipeline has no class names; give numbers 0 to {null - 1}")
+            raise unknown("class", label, self.labels)
+        try:
+            number = operator.index(label)
+        except TypeError:
+            raise DiffratioError(f"class labels are numbers or names, got {label!r}") from None
+        if not 0 <= number <= null:
+            raise DiffratioError(f"class {number} is out of range: give 0 to {null - 1} ({null} is no class)")
+        return number
+
+    def __call__(
+        self,
+        class_labels: Sequence[int | str],
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Samples one picture for each label.
+
+        Args:
+            class_labels: B class numbers or names.
+            guidance_scale: classifier-free guidance; higher follows the class more closely. At 1 or below only the
+                conditional half is evaluated, otherwise both, conditional first.
+            num_inference_steps: evaluated steps S.
+            generator: source of the initial noise, and of step noise where the scheduler draws it; a list holds one
+                for each sample.
+            latents: initial noise (B, C, H, W) of unit variance instead of a draw; square, H a multiple of the patch.
+            output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W), both float32 in [0, 1].
+            return_dict: False gives a tuple.
+
+        Returns:
+            The pictures as `.images`, or a tuple of them.
+
+        Raises:
+            DiffratioError: labels, latents, steps or output type that do not fit, or a transformer in training mode.
+        """
+        numbers = self.get_label_ids(class_labels)
+        if not numbers:
+            raise DiffratioError("class_labels is empty: give at least one class")
+
+        def condition(device: torch.device) -> dict[str, Tensor]:
+            return {"class_labels": torch.tensor(numbers, device=device)}
+
+        def no_condition(device: torch.device) -> dict[str, Tensor]:
+            null = self.transformer.config.num_embeds_ada_norm
+            return {"class_labels": torch.full((len(numbers),), null, device=device)}
+
+        shared = (guidance_scale, num_inference_steps, generator, latents, output_type, return_dict)
+        return self._sample(len(numbers), condition, no_condition, *shared)
+
+
+def build_pipeline(
+    transformer: Any,
+    scheduler: Any,
+    vae: Any | None = None,
+    id2label: Mapping[Any, str] | None = None,
+    text: EncoderId | None = None,
+) -> Any:
+    """The pipeline of a class-conditional transformer, or of a text-conditional one in pixel space.
+
+    Args:
+        transformer: a `DiTTransformer2DModel`, routed or not; with `text` one of a text-conditional family.
         scheduler: what `make_scheduler` returns.
         vae: decoder of a latent model; None for a pixel model.
         id2label: class names by class number.
+        text: encoder of the prompts.
 
     Returns:
-        `PixelDiTPipeline`, or diffusers' `DiTPipeline` where there is a VAE.
+        `PixelDiTPipeline`, `PixelTextPipeline`, or diffusers' `DiTPipeline` where there is a VAE.
 
     Raises:
         DiffratioError: a latent model that DiTPipeline would sample wrongly.
     """
+    if text is not None:
+        from diffratio.sampling.text import PixelTextPipeline
+
+        return PixelTextPipeline(transformer, scheduler, dataclasses.asdict(text))
     if vae is None:
         return PixelDiTPipeline(transformer, scheduler, id2label)
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline

@@ -62,7 +62,7 @@ def measure_gram(
             cross += deltas @ residual
             offset += float(residual @ residual)
             count += present.numel()
-            tick(len(batch.labels))
+            tick(len(batch.inputs))
         spread = _interpolation(column, cells)
         count = max(count, 1)
         grams.append(spread @ (gram / count) @ spread.T)

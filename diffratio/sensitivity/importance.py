@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.conditions import Classes, Conditions
 from diffratio.cost.run import SamplingRun
 from diffratio.methods.measured import Measured
 from diffratio.objectives import Objective
 from diffratio.routing.schedule import KeepSchedule, Table
-from diffratio.sampling.generate import balanced_labels, initial_noise
+from diffratio.sampling.generate import initial_noise
 from diffratio.sampling.schedulers import make_scheduler, model_timesteps, set_steps
 from diffratio.sensitivity.gram import true_errors
 from diffratio.sensitivity.probe import Batch, probed
@@ -32,6 +33,7 @@ def region_weights(
     samples: int = 16,
     guidance_scale: float = 2.0,
     seed: int = 0,
+    conditions: Conditions | None = None,
 ) -> tuple[float, ...]:
     """Mean square distance of final images per unit of output error in each region.
 
@@ -46,6 +48,7 @@ def region_weights(
         samples: images of each run; 0 weighs every region that has steps alike.
         guidance_scale: of the guided runs.
         seed: of the initial noise.
+        conditions: what is sampled; None takes the model's classes in turn.
 
     Returns:
         A weight for each region (R).
@@ -64,9 +67,10 @@ def region_weights(
             for region in range(regions)
         ]
     scale = guidance_scale if run.guidance == "cfg" else 1.0
-    sampled = _Sampler(transformer, objective, min(_STEPS, run.steps), scale, samples, seed)
+    conditions = conditions or Classes(backbone_of(transformer).null_label(transformer))
+    sampled = _Sampler(transformer, objective, min(_STEPS, run.steps), scale, samples, seed, conditions)
     if any(count and not own for count, own in zip(counts, sampled.region_counts(regions), strict=True)):
-        sampled = _Sampler(transformer, objective, run.steps, scale, samples, seed)
+        sampled = _Sampler(transformer, objective, run.steps, scale, samples, seed, conditions)
     dense = sampled.images()
     weights = []
     for region, (table, error) in enumerate(zip(tables, only, strict=True)):
@@ -90,9 +94,16 @@ class _Sampler:
     """Deterministic sampling in the model's own space: no decoder, no clamp, so that distances stay linear."""
 
     def __init__(
-        self, transformer: Any, objective: Objective, steps: int, guidance_scale: float, samples: int, seed: int
+        self,
+        transformer: Any,
+        objective: Objective,
+        steps: int,
+        guidance_scale: float,
+        samples: int,
+        seed: int,
+        conditions: Conditions,
     ) -> None:
-        self.transformer, self.scale = transformer, guidance_scale
+        self.transformer, self.scale, self.backbone = transformer, guidance_scale, backbone_of(transformer)
         self.scheduler = make_scheduler("flow_euler" if objective.name == "flow" else "ddim", objective.name)
         self.steps = steps
         set_steps(self.scheduler, steps)
@@ -100,16 +111,17 @@ class _Sampler:
         reference = next(transformer.parameters())
         shape = (config.in_channels, config.sample_size, config.sample_size)
         self.noise = initial_noise(seed, range(samples), shape, device=reference.device)
-        labels = torch.tensor(balanced_labels(samples, config.num_embeds_ada_norm), device=reference.device)
-        self.labels = labels
+        labels = torch.tensor(conditions.in_turn(samples), device=reference.device)
         if guidance_scale > 1:
-            self.labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
+            assert conditions.null is not None
+            labels = torch.cat([labels, torch.full_like(labels, conditions.null)])
+        self.condition = conditions.arguments(labels)
         self.dtype = reference.dtype
 
     def region_counts(self, regions: int) -> tuple[int, ...]:
         """Steps in each region."""
-        levels = backbone_of(self.transformer).noise_level(model_timesteps(self.scheduler)).clamp(0, 1)
-        grid = backbone_of(self.transformer).grid(self.transformer)
+        levels = self.backbone.noise_level(model_timesteps(self.scheduler)).clamp(0, 1)
+        grid = self.backbone.grid(self.transformer)
         return SamplingRun(tuple(levels.tolist()), grid).region_counts(regions)
 
     @torch.no_grad()
@@ -121,12 +133,9 @@ class _Sampler:
         x, times = self.noise, model_timesteps(self.scheduler).to(self.noise.device)
         for step, t in enumerate(self.scheduler.timesteps):
             inputs = torch.cat([x, x]) if self.scale > 1 else x
-            output = self.transformer(
-                inputs.to(self.dtype),
-                timestep=times[step].expand(len(self.labels)),
-                class_labels=self.labels,
-                return_dict=False,
-            )[0][:, : x.shape[1]].float()
+            timestep = times[step].expand(len(inputs))
+            output = self.backbone.predict(self.transformer, inputs.to(self.dtype), timestep, self.condition)
+            output = output[:, : x.shape[1]].float()
             if self.scale > 1:
                 conditional, unconditional = output.chunk(2)
                 output = unconditional + self.scale * (conditional - unconditional)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffratio.backbones import backbone_of, check_classes
+from diffratio.backbones import backbone_of
+from diffratio.conditions import Classes, Conditions
 from diffratio.cost.macs import macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError, unknown
@@ -84,9 +85,11 @@ def region_batches(
     regions: int,
     batch_size: int,
     seed: int,
+    conditions: Conditions | None = None,
 ) -> list[list[Batch]]:
     """Fixed noised samples [region][batch]: image i belongs to region i mod R, levels fill the region evenly."""
     backbone, device = backbone_of(transformer), next(transformer.parameters()).device
+    conditions = conditions or Classes()
     found = []
     for region in range(regions):
         clean, own = images[region::regions], labels[region::regions]
@@ -99,7 +102,11 @@ def region_batches(
         timestep = objective.timestep(backbone.timestep(levels))
         found.append(
             [
-                Batch(*(part[start : start + batch_size].to(device) for part in (noised.inputs, timestep, own)))
+                Batch(
+                    noised.inputs[start : start + batch_size].to(device),
+                    timestep[start : start + batch_size].to(device),
+                    conditions.arguments(own[start : start + batch_size].to(device)),
+                )
                 for start in range(0, len(clean), batch_size)
             ]
         )
@@ -114,6 +121,7 @@ def measure_sensitivity(
     run: SamplingRun,
     settings: MeasureSettings | None = None,
     say: Callable[[str], object] = lambda line: None,
+    conditions: Conditions | None = None,
 ) -> Sensitivity:
     """Measures a dense transformer and walks the budget down.
 
@@ -125,20 +133,20 @@ def measure_sensitivity(
         run: the run whose steps budgets count.
         settings: how; `n` is that of the images.
         say: called with a line after each stage.
+        conditions: what labels stand for; None takes them for classes.
 
     Returns:
         The map, its path, and what they were measured on.
 
     Raises:
-        DiffratioError: something is applied to the transformer, or it is conditioned on text.
+        DiffratioError: something is applied to the transformer.
     """
     settings = settings or MeasureSettings()
-    check_classes(transformer, "measuring sensitivity")
     backbone = backbone_of(transformer)
     description = backbone.describe(transformer)
     costs = macs_table(description, run)
     batches = region_batches(
-        transformer, objective, images, labels, settings.regions, settings.batch_size, settings.seed
+        transformer, objective, images, labels, settings.regions, settings.batch_size, settings.seed, conditions
     )
     weights = region_weights(
         transformer,
@@ -149,6 +157,7 @@ def measure_sensitivity(
         settings.samples,
         settings.guidance_scale,
         settings.seed,
+        conditions,
     )
     say("weights of the regions, cleanest first: " + ", ".join(f"{weight:.3g}" for weight in weights))
     with probed(transformer, settings.ranking, settings.seed) as network:
@@ -176,6 +185,7 @@ def calibrate(
     guidance: bool = True,
     run: SamplingRun | None = None,
     settings: MeasureSettings | None = None,
+    conditions: Conditions | None = None,
 ) -> MethodConfig:
     """Solves a method that needs data for a budget.
 
@@ -189,6 +199,7 @@ def calibrate(
         guidance: whether that run has both guidance halves.
         run: the run itself, instead of the two above.
         settings: how it is measured.
+        conditions: what labels stand for; None takes them for classes.
 
     Returns:
         A config that costs within [budget - 0.01, budget].
@@ -208,7 +219,9 @@ def calibrate(
     chosen = settings or MeasureSettings(
         n=max(len(images), 4), lowest=min(budget, 0.9) if method == "measured" else 1.0
     )
-    found = measure_sensitivity(transformer, images, labels, get_objective(objective), run, chosen)
+    found = measure_sensitivity(
+        transformer, images, labels, get_objective(objective), run, chosen, conditions=conditions
+    )
     return solved(method, found, transformer, budget)
 
 

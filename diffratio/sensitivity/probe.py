@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from diffratio.backbones import backbone_of
 from diffratio.cost.macs import Description
 from diffratio.cost.run import StepContext
 from diffratio.methods.base import BlockCall, Method
@@ -24,12 +25,12 @@ class Batch:
     Args:
         inputs: noised images (B, C, H, W).
         timestep: the model's timestep input (B,).
-        labels: class labels (B,).
+        condition: the transformer's arguments that the conditions stand for, with one entry a sample.
     """
 
     inputs: Tensor
     timestep: Tensor
-    labels: Tensor
+    condition: Mapping[str, Tensor]
 
 
 class Network(Protocol):
@@ -88,6 +89,7 @@ class TransformerNetwork:
         method = attachment(transformer).token_method
         assert isinstance(method, _ProbeMethod)
         self.transformer, self.channels, self.method = transformer, channels, method
+        self.backbone = backbone_of(transformer)
         self.batch: Batch | None = None
 
     @property
@@ -110,9 +112,8 @@ class TransformerNetwork:
 
     def _forward(self) -> Tensor:
         assert self.batch is not None
-        output = self.transformer(
-            self.batch.inputs, timestep=self.batch.timestep, class_labels=self.batch.labels, return_dict=False
-        )[0]
+        batch = self.batch
+        output = self.backbone.predict(self.transformer, batch.inputs, batch.timestep, batch.condition)
         return output[:, : self.channels].float()  # learned variance is left out
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.conditions import Classes, Conditions
 from diffratio.cost.macs import macs_table
 from diffratio.errors import DiffratioError
 from diffratio.methods.measured import Measured
@@ -22,7 +23,7 @@ from diffratio.sensitivity.probe import Batch, probed
 from diffratio.sensitivity.store import Sensitivity
 from diffratio.surgery import apply_, remove_
 
-_HeldOut = tuple[Tensor, Tensor, Objective]
+_HeldOut = tuple[Tensor, Tensor, Objective, Conditions]
 TABLES = 60
 _BATCH = 32  # samples of a forward
 _CHANGED = 0.6  # share of the cells that a random table changes
@@ -39,6 +40,7 @@ def verify(
     tables: int = TABLES,
     seed: int = 0,
     say: Callable[[str], object] = lambda line: None,
+    conditions: Conditions | None = None,
 ) -> dict[str, Any]:
     """Compares predicted with true errors.
 
@@ -52,6 +54,7 @@ def verify(
         tables: random tables for the rank correlation, at least 3.
         seed: of random tables, levels and noise.
         say: takes a line of progress.
+        conditions: what labels stand for; None takes them for classes.
 
     Returns:
         `rank_correlation` (Spearman, all regions together and each) and, by name, each schedule's MACs fraction,
@@ -69,14 +72,14 @@ def verify(
     if tables < 3:
         raise DiffratioError(f"verify: {tables} tables have no rank correlation; give at least 3")
     regions = found.model.regions
-    batches = region_batches(transformer, objective, images, labels, regions, _BATCH, seed + 1)
+    batches = region_batches(transformer, objective, images, labels, regions, _BATCH, seed + 1, conditions)
     drawn = random_tables(found.model.layers, regions, tables, seed)
     measured = _errors(found, transformer, batches, drawn)
     predicted = torch.stack([found.model.region_errors(table) for table in drawn])
     say(f"{tables} random tables: done")
     weights = found.model.weights
     ranks = [spearman(predicted[:, region], measured[:, region]) for region in range(regions)]
-    held_out = (images, labels, objective)
+    held_out = (images, labels, objective, conditions or Classes())
     rows = {
         name: None if table is None else _row(found, transformer, held_out, batches, table)
         for name, table in schedules.items()
@@ -119,12 +122,12 @@ def _errors(found: Sensitivity, transformer: nn.Module, batches: list[list[Batch
     result = torch.zeros(len(tables), len(batches), dtype=torch.float64)
     with probed(transformer, found.ranking, found.seed) as network:
         for region, own in enumerate(batches):
-            count = sum(len(batch.labels) for batch in own)
+            count = sum(len(batch.inputs) for batch in own)
             for batch in own:
                 dense = network.trace(batch, [10] * network.layers)
                 for at, table in enumerate(tables):
                     change = network.trace(batch, [row[region] for row in table]) - dense
-                    result[at, region] += len(batch.labels) / count * float(change.double().square().mean())
+                    result[at, region] += len(batch.inputs) / count * float(change.double().square().mean())
     return result
 
 
@@ -153,9 +156,10 @@ def _row(
 def _outputs(transformer: nn.Module, batches: list[list[Batch]]) -> list[Tensor]:
     """Outputs by region, learned variance left out."""
     channels: int = transformer.config.in_channels  # type: ignore[union-attr, assignment]
+    backbone = backbone_of(transformer)
 
     def output(batch: Batch) -> Tensor:
-        full = transformer(batch.inputs, timestep=batch.timestep, class_labels=batch.labels, return_dict=False)[0]
+        full = backbone.predict(transformer, batch.inputs, batch.timestep, batch.condition)
         return full[:, :channels].float()
 
     with _evaluating(transformer):
@@ -163,11 +167,11 @@ def _outputs(transformer: nn.Module, batches: list[list[Batch]]) -> list[Tensor]
 
 
 def _losses(transformer: nn.Module, held_out: _HeldOut) -> Tensor:
-    backbone, (images, labels, objective) = backbone_of(transformer), held_out
+    backbone, (images, labels, objective, conditions) = backbone_of(transformer), held_out
 
-    def predict(inputs: Tensor, levels: Tensor, classes: Tensor) -> Tensor:
+    def predict(inputs: Tensor, levels: Tensor, own: Tensor) -> Tensor:
         timestep = objective.timestep(backbone.timestep(levels))
-        return transformer(inputs, timestep=timestep, class_labels=classes, return_dict=False)[0]
+        return backbone.predict(transformer, inputs, timestep, conditions.arguments(own))
 
     with _evaluating(transformer):
         return region_losses(predict, objective, images, labels, batch_size=64)

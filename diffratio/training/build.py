@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from diffratio import surgery
-from diffratio.backbones import backbone_of, check_classes, get_backbone
-from diffratio.checkpoint import load_skeleton, load_transformer
+from diffratio.backbones import backbone_of, get_backbone
+from diffratio.checkpoint import load_skeleton, load_transformer, text_of
+from diffratio.conditions import Captions
 from diffratio.cost.macs import CostTable, macs_table, ratio_table
 from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.cost.table import LatencyTable, load_cost_table
@@ -86,7 +87,6 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     if not backbone.matches(transformer):
         raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
     if data is not None:
-        check_classes(transformer, "train")
         size, channels = cfg["data"]["image_size"], cfg["data"]["channels"]
         backbone.grid(transformer, torch.empty(1, channels, size, size, device="meta"))
         config: Any = transformer.config
@@ -99,7 +99,9 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
                 f"data.channels={channels} does not fit a model of {config.in_channels} input channels; "
                 "set data.channels"
             )
-        if cfg["data"]["num_classes"] != backbone.null_label(transformer):
+        if backbone.condition == "text":
+            _check_text(cfg, transformer, data, weights)
+        elif cfg["data"]["num_classes"] != backbone.null_label(transformer):
             raise DiffratioError(
                 f"data.num_classes={cfg['data']['num_classes']} does not fit a model of "
                 f"{backbone.null_label(transformer)} classes; set data.num_classes"
@@ -107,6 +109,41 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     if settings["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     return transformer
+
+
+def _check_text(cfg: Config, transformer: nn.Module, data: ImageData, weights: bool) -> None:
+    """Notes how many text tokens a sample has; raises DiffratioError where captions do not fit the model.
+
+    Captions are encoded for training alone: without weights what the settings say is all that is checked.
+    """
+    backbone, source, text = backbone_of(transformer), cfg["backbone"]["source"], cfg["data"].get("text")
+    if not text:
+        raise DiffratioError(
+            f"backbone {backbone.name} is conditioned on text, and data={cfg['data']['name']} gives none; choose data "
+            "with captions (data=emoji64), or set data.text.encoder, data.text.tokens and data.caption_column"
+        )
+    made_for = text_of(source) if source else None
+    if made_for is not None and made_for.tokens != text["tokens"]:
+        raise DiffratioError(
+            f"backbone.source={source!r} reads text of {made_for}, and data.text.tokens is {text['tokens']}; "
+            f"set data.text.tokens={made_for.tokens}"
+        )
+    backbone.set_text_tokens_(transformer, text["tokens"])
+    if not weights:
+        return
+    conditions = data.conditions
+    assert isinstance(conditions, Captions)
+    if made_for is not None and conditions.encoder != made_for:
+        raise DiffratioError(
+            f"backbone.source={source!r} reads text of {made_for}, and here it is encoded by {conditions.encoder}; "
+            f"set data.text.encoder to that one ({made_for.name})"
+        )
+    width = backbone.text_width(transformer)
+    if conditions.encoder.width != width:
+        raise DiffratioError(
+            f"data.text.encoder={text['encoder']} gives {conditions.encoder.width} channels a token, and the model "
+            f"takes {width}; choose another encoder, or set caption_channels of a model with random weights"
+        )
 
 
 def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) -> MethodConfig:
@@ -192,7 +229,8 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
             f"timed in multiples of {costs.alignment}; `diffratio bench table alignment={schedule.alignment}`"
         )
     probe_n = cfg["callbacks"]["probe_n"]
-    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard)
+    conditions = None if data is None else data.conditions
+    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard, conditions)
     if module.learning_ratios:
         assert module.keep_ratios is not None
         lowest = module.projection.lowest(*module.keep_ratios.rho.shape)

@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from diffratio.conditions import Captions
 from diffratio.files import atomic_file
 from diffratio.training.logs import RunCSVLogger, rewind_table
 from diffratio.training.module import Training
@@ -169,19 +170,31 @@ class Pictures(Callback):
             config: Any = module.transformer.config
             if config.in_channels <= 3:
                 sampler = "flow_euler" if module.objective.name == "flow" else "ddim"
-                pipe = attach_(build_pipeline(module.transformer, make_scheduler(sampler, module.objective.name)))
+                captions = module.conditions if isinstance(module.conditions, Captions) else None
+                pipe = build_pipeline(
+                    module.transformer,
+                    make_scheduler(sampler, module.objective.name),
+                    text=None if captions is None else captions.encoder,
+                )
+                prompts, n = None, self.n
+                if captions is not None:
+                    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                    n = min(n, data.held_out_size)
+                    prompts = [captions.texts[label] for label in data.held_out(n)[1].tolist()]
+                pipe = attach_(pipe)
                 with torch.no_grad(), trainer.precision_plugin.forward_context():
                     images = generate(
                         pipe,
-                        self.n,
+                        n,
+                        labels=prompts,
                         steps=self.steps,
                         guidance_scale=self.guidance_scale,
-                        batch_size=self.n,
+                        batch_size=n,
                         quiet=True,
                         distributed=False,  # the other processes are not here
                     )
                 with atomic_file(self.folder / f"samples-{self.last:06d}.png") as path:
-                    sample_grid(images, columns=min(10, self.n)).save(path, format="PNG")
+                    sample_grid(images, columns=min(10, n)).save(path, format="PNG")
             if isinstance(module.method, RoutedMethod):
                 table: Any = module.method.bins
                 if module.learning_ratios and module.keep_ratios is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from diffratio.checkpoint import export
+from diffratio.conditions import Captions, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.objectives.validation import region_losses
 from diffratio.sampling.schedulers import make_scheduler
@@ -20,8 +22,9 @@ from diffratio.training.module import Training
 from diffratio.training.saving import read_resumable
 
 
-def card_of(plain: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Conditions) -> dict[str, Any]:
     """The card of a run's checkpoint."""
+    text = dataclasses.asdict(conditions.encoder) if isinstance(conditions, Captions) else None
     flow = plain["objective"]["name"] == "flow"
     return {
         "name": plain["name"],
@@ -34,6 +37,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         },
         "data": plain["data"]["name"] or plain["data"]["source"],
         "class_names": result.get("class_names", []),
+        "text": text,
         "training": {
             "method": plain["method"]["name"],
             "base": plain["backbone"]["source"],
@@ -99,7 +103,8 @@ def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str
     if result_file.is_file():
         result = json.loads(result_file.read_text(encoding="utf-8"))
     precision = getattr(torch, dtype) if dtype else None
-    written = export_module(module, out, card_of(plain, {"steps": saved["global_step"], **result}), precision)
+    card = card_of(plain, {"steps": saved["global_step"], **result}, module.conditions)
+    written = export_module(module, out, card, precision)
     return {
         "out": str(written),
         "steps": saved["global_step"],

@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.conditions import Classes, Conditions
 from diffratio.cost.macs import CostTable, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
@@ -41,6 +42,7 @@ class Training(LightningModule):
         probe_n: held-out pictures for the loss before and after rounding.
         costs: cost table of the run in the budget's unit; None counts MACs.
         guard: what happens at a loss or gradient that is not finite.
+        conditions: what labels stand for; None takes them for classes.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Training(LightningModule):
         probe_n: int = 100,
         costs: CostTable | None = None,
         guard: GuardSettings | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         super().__init__()
+        self.conditions = conditions or Classes()
         self.guard = NonFiniteGuard(guard or GuardSettings())
         self.transformer, self.objective = transformer.train(), objective
         self.loss, self.optimizer_settings, self.budget, self.run = loss, optimizer, budget, run
@@ -129,7 +133,7 @@ class Training(LightningModule):
 
     def _forward(self, transformer: nn.Module, inputs: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
         timestep = self.objective.timestep(self.backbone.timestep(levels))
-        return transformer(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0]
+        return self.backbone.predict(transformer, inputs, timestep, self.conditions.arguments(labels))
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """Noise, predict, compare; the loss is logged with its parts."""

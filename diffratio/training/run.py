@@ -186,7 +186,7 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     predicted = {}
     if sensitivity:
         weights = build_transformer(plain, data)
-        held_out = (*data.held_out(verify), build_objective(plain)) if verify else None
+        held_out = (*data.held_out(verify), build_objective(plain), data.conditions) if verify else None
         errors = predicted_errors(sensitivity, method, weights, run, budget.target, held_out)
         predicted = {"predicted_error": errors}
     elif verify:
@@ -243,6 +243,7 @@ def measure(cfg: DictConfig, out: str, settings: Any) -> dict[str, Any]:
         budget_run(transformer, budget),
         settings,
         lambda line: print(line, file=sys.stderr, flush=True),
+        data.conditions,
     )
     save_sensitivity(out, found)
     seconds = round(time.perf_counter() - started, 1)
@@ -374,7 +375,7 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
     if table is not None:
         result["latency"] = promised(module, table)
     if trainer.is_global_zero:
-        exported = export_module(module, folder / "export", card_of(plain, result))
+        exported = export_module(module, folder / "export", card_of(plain, result, module.conditions))
         if table is not None:
             result["latency"] |= reached(exported, module, table, str(trainer.strategy.root_device))
             print(in_words(result["latency"]))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.conditions import Conditions
 from diffratio.cost.macs import CostTable, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
@@ -68,7 +69,7 @@ def predicted_errors(
     transformer: nn.Module,
     run: SamplingRun,
     budget: float,
-    held_out: tuple[Tensor, Tensor, Objective] | None = None,
+    held_out: tuple[Tensor, Tensor, Objective, Conditions] | None = None,
 ) -> dict[str, Any]:
     """Untrained output errors that a map predicts at a budget: the experiment's own schedule among those of the rules.
 
@@ -78,7 +79,7 @@ def predicted_errors(
         transformer: dense, with weights.
         run: the run that the budget counts.
         budget: fraction of its dense MACs.
-        held_out: images, labels and objective, to measure what was predicted; see `sensitivity.verify`.
+        held_out: images, labels, objective and conditions, to measure what was predicted; see `sensitivity.verify`.
 
     Returns:
         Predicted mean square error of the output, summed over regions with the map's weights, by schedule; None where
@@ -103,8 +104,9 @@ def predicted_errors(
         "block_order": list(order),
     }
     if held_out is not None:
-        images, labels, objective = held_out
-        answer["verified"] = verify(found, transformer, images, labels, objective, {"this_schedule": own, **tables})
+        images, labels, objective, conditions = held_out
+        own_tables = {"this_schedule": own, **tables}
+        answer["verified"] = verify(found, transformer, images, labels, objective, own_tables, conditions=conditions)
     return answer
 
 

@@ -78,7 +78,7 @@ class Additive:
 def toy_batches(width: int) -> list[list[Batch]]:
     generator = torch.Generator().manual_seed(9)
     draws = torch.randn(2, 2, 3, width, generator=generator, dtype=torch.float64)
-    return [[Batch(x, torch.zeros(3), torch.zeros(3)) for x in part] for part in draws]
+    return [[Batch(x, torch.zeros(3), {}) for x in part] for part in draws]
 
 
 @pytest.mark.parametrize("base", [((10, 10),) * 4, ((7, 10), (9, 2), (10, 5), (4, 8))])
@@ -139,7 +139,7 @@ def test_a_resumed_forward_is_the_forward_of_that_table(ranking: str) -> None:
         table = tuple((bin_ if at == layer else own,) for at, own in enumerate(base))
         diffratio.apply_(transformer, diffratio.Measured(KeepSchedule(table, RUN), ranking))
         with torch.no_grad():
-            expected = transformer(batch.inputs, batch.timestep, batch.labels, return_dict=False)[0]
+            expected = transformer(batch.inputs, batch.timestep, **batch.condition, return_dict=False)[0]
         diffratio.remove_(transformer)
         torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)
 

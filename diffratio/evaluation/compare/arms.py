@@ -14,7 +14,7 @@ from diffratio import surgery
 from diffratio.backbones import backbone_of
 from diffratio.checkpoint import load_pipeline, read_card, resolve
 from diffratio.cost.macs import Cost
-from diffratio.cost.run import SamplingRun
+from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm
 from diffratio.evaluation.records import Arm, record_id
@@ -257,8 +257,10 @@ def _load(source: str, key: str, device: str) -> Any:
 
 def _dense_run(pipe: Any, settings: CompareSettings) -> SamplingRun:
     set_steps(pipe.scheduler, settings.steps)
-    grid = backbone_of(pipe.transformer).grid(pipe.transformer)
-    return SamplingRun(noise_levels(pipe.scheduler), grid, "cfg" if settings.guidance_scale > 1 else "none")
+    backbone = backbone_of(pipe.transformer)
+    grid, text = backbone.grid(pipe.transformer), backbone.text_tokens(pipe.transformer)
+    guidance: Guidance = "cfg" if settings.guidance_scale > 1 else "none"
+    return SamplingRun(noise_levels(pipe.scheduler), grid, guidance, text)
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffratio.backbones import backbone_of, check_classes
+from diffratio.backbones import backbone_of
+from diffratio.conditions import Classes, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup
 from diffratio.evaluation.compare.cheats import probe
@@ -26,7 +27,7 @@ from diffratio.evaluation.reference import cached_features
 from diffratio.files import atomic_file
 from diffratio.objectives import get_objective
 from diffratio.objectives.validation import region_losses
-from diffratio.sampling.generate import balanced_labels, sample_grid, save_npz
+from diffratio.sampling.generate import in_turn, sample_grid, save_npz
 from diffratio.sampling.schedulers import sampler_of
 
 REGIONS = 4
@@ -49,6 +50,7 @@ class Referee:
         say: told what is going on.
         data: name of the data set.
         train: n -> training images and labels, for the nearest-image distance; None leaves it out.
+        conditions: what labels stand for; None takes them for classes.
     """
 
     def __init__(
@@ -62,14 +64,15 @@ class Referee:
         say: Callable[[str], None],
         data: str | None = None,
         train: HeldOut | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         self.data, self.train = data, train
         self.settings, self.lineup, self.folder, self.extractor = settings, lineup, folder, extractor
         self.held_out, self.device, self.say = held_out, device, say
         self.provenance = provenance(device, extractor.id)
         transformer = lineup.dense.pipe.transformer
-        check_classes(transformer, "compare")
-        self.labels = balanced_labels(settings.n, backbone_of(transformer).null_label(transformer) or 1)
+        self.conditions = conditions or Classes(backbone_of(transformer).null_label(transformer))
+        self.labels = in_turn(lineup.dense.pipe, settings.n)
         self._costs: dict[str, tuple[list[dict[str, Any]], float | None]] = {}
         self._losses: dict[str, Tensor] = {}
         self._dense: dict[str, Evidence] = {}
@@ -176,6 +179,17 @@ class Referee:
             paired_with=one.paired_with,
         )
 
+    @property
+    def classes(self) -> list[int] | None:
+        """Class of every sample; None where they are asked for by prompts."""
+        numbers = [label for label in self.labels if isinstance(label, int)]
+        return numbers if len(numbers) == len(self.labels) else None
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        """Prompt of every sample; None where they are asked for by class."""
+        return None if self.classes is not None else tuple(str(label) for label in self.labels)
+
     def missing(self, one: Contender, seed: int, status: str, message: str) -> Record:
         """The record of an arm without figures."""
         return Record(
@@ -209,7 +223,8 @@ class Referee:
             images,
             features,
             self._real,
-            labels=torch.tensor(self.labels),
+            labels=None if self.classes is None else torch.tensor(self.classes),
+            prompts=self.prompts,
             dense=self._dense[f"{one.partner.key}-{seed}"] if one.partner else None,
             losses=self._losses.get(one.key),
             reference_losses=self._reference(one),
@@ -247,9 +262,9 @@ class Referee:
         transformer = one.pipe.transformer
         family = backbone_of(transformer)
 
-        def predict(inputs: Tensor, levels: Tensor, classes: Tensor) -> Tensor:
+        def predict(inputs: Tensor, levels: Tensor, own: Tensor) -> Tensor:
             timestep = objective.timestep(family.timestep(levels))
-            return transformer(inputs, timestep=timestep, class_labels=classes, return_dict=False)[0]
+            return family.predict(transformer, inputs, timestep, self.conditions.arguments(own))
 
         losses = region_losses(predict, objective, images.to(self.device), labels.to(self.device), REGIONS)
         self._losses[one.key] = losses
@@ -260,7 +275,7 @@ class Referee:
         with atomic_file(self.folder.path / path) as temporary:
             sample_grid(images[:GRID], columns=COLUMNS).save(temporary, format="PNG")
         if self.settings.save_npz:
-            save_npz(self.folder.path / "npz" / f"{one.id(seed)}.npz", images, self.labels)
+            save_npz(self.folder.path / "npz" / f"{one.id(seed)}.npz", images, self.classes)
         names = one.pipe.config.get("id2label") or {}
         heads = [names.get(str(label), str(label)) for label in self.labels[:COLUMNS]]
         return {"samples": path, "masks": self._masks(one, seed), "labels": heads}

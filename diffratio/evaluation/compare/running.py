@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffratio.conditions import Captions, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup, line_up
 from diffratio.evaluation.compare.folder import ComparisonFolder
@@ -25,6 +26,7 @@ from diffratio.evaluation.report import write_report
 from diffratio.sampling.generate import generate, initial_noise
 from diffratio.sampling.processes import Team
 from diffratio.sampling.schedulers import sampler_of
+from diffratio.sampling.text import PixelTextPipeline
 
 Cell = tuple[int, Contender]
 
@@ -34,6 +36,7 @@ def compare_from_config(
     held_out: HeldOut,
     trained: Sequence[TrainedArm] = (),
     train: HeldOut | None = None,
+    conditions: Conditions | None = None,
 ) -> dict[str, Any]:
     """Runs a comparison, or what is missing of it.
 
@@ -45,6 +48,7 @@ def compare_from_config(
         held_out: n -> held-out images (n, C, H, W) in [-1, 1] and labels (n,).
         trained: arms that were fine-tuned for this comparison; those without a folder are planned only.
         train: the same for training images, which the nearest-image distance needs; None leaves it out.
+        conditions: what labels stand for; None takes them for classes. Captions of held-out images are the prompts.
 
     Returns:
         Paths of the report and a row of key figures for each record; with `dry_run` the plan. Empty in all processes
@@ -61,7 +65,10 @@ def compare_from_config(
     team = Team()
     device = team.device(settings.device)
     lineup = team.together(lambda: line_up(settings, device, trained))
-    comparison = _Comparison(settings, lineup, Path(cfg["paths"]["output_dir"]), held_out, train, team, device)
+    if isinstance(conditions, Captions):
+        _ask(lineup, conditions, held_out(settings.reference_n)[1])
+    folder = Path(cfg["paths"]["output_dir"])
+    comparison = _Comparison(settings, lineup, folder, held_out, train, team, device, conditions)
     plan = team.on_main(lambda: comparison.open(cfg, pending))
     if settings.dry_run:
         return plan if team.is_main else {}
@@ -80,7 +87,9 @@ class _Comparison:
         train: HeldOut | None,
         team: Team,
         device: str,
+        conditions: Conditions | None,
     ) -> None:
+        self.conditions = conditions
         self.settings, self.lineup, self.path, self.team, self.device = settings, lineup, path, team, device
         self.held_out, self.train = held_out, train
         self.cells = lineup.cells(settings.seeds)
@@ -117,6 +126,7 @@ class _Comparison:
             self.say,
             (cfg.get("data") or {}).get("name"),
             self.train,
+            self.conditions,
         )
         return {"plan": plan}
 
@@ -241,6 +251,19 @@ class _Comparison:
             self.say(_sentence(record, started))
 
         self.team.on_main(work)
+
+
+def _ask(lineup: Lineup, captions: Captions, labels: Tensor) -> None:
+    """Makes every text-conditional arm sample the captions of these held-out images in turn."""
+    texts = tuple(captions.texts[label] for label in labels.tolist())
+    for one in lineup.contenders:
+        if isinstance(one.pipe, PixelTextPipeline):
+            if one.pipe.text != captions.encoder:
+                raise DiffratioError(
+                    f"{one.arm.weights} reads text of {one.pipe.text}, and data gives captions of {captions.encoder}; "
+                    f"set data.text.encoder={one.pipe.text.name} data.text.tokens={one.pipe.text.tokens}"
+                )
+            one.pipe.prompts = texts
 
 
 def define(

@@ -1,0 +1,122 @@
+"""The pipeline of text-conditional transformers that work on pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from diffratio.conditions import EncoderId, TextEncoder, encode_captions, text_encoder
+from diffratio.cost.run import Halves
+from diffratio.errors import DiffratioError
+from diffratio.sampling.pipeline import PixelPipeline
+
+_KEPT = 4096  # prompts whose states are kept
+
+
+class PixelTextPipeline(PixelPipeline):
+    """Samples a text-conditional transformer that works on pixels; saves and loads as any diffusers pipeline.
+
+    The text encoder is not stored along: it is named, and loaded when the first prompt comes.
+
+    Args:
+        transformer: a `PixArtTransformer2DModel`, routed or not, in evaluation mode.
+        scheduler: what `make_scheduler` returns, or any diffusers scheduler of the model's objective.
+        text: name, revision, tokens and width of the text encoder.
+
+    Attributes:
+        prompts: what `generate` asks for in turn where it is given none.
+    """
+
+    guidance_order: ClassVar[Halves] = "uncond_first"
+    _asked = "prompts"
+
+    def __init__(self, transformer: Any, scheduler: Any, text: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(text=dict(text))
+        self.text = EncoderId(**text)
+        self.prompts: tuple[str, ...] = ()
+        self._encoder: TextEncoder | None = None
+        self._known: dict[str, dict[str, Tensor]] = {}
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The transformer's arguments for prompts (B entries each); those seen lately are not encoded again.
+
+        Raises:
+            DiffratioError: the encoder is not here, or is of another revision than the model was trained on.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            if self._encoder is None:
+                self._encoder = text_encoder(self.text.name, self.text.tokens)
+                if self._encoder.identity != self.text:
+                    found, self._encoder = self._encoder.identity, None
+                    raise DiffratioError(
+                        f"this model reads text of {self.text}, and what is here is {found}; install that revision"
+                    )
+            if len(self._known) + len(new) > _KEPT:
+                self._known = {prompt: one for prompt, one in self._known.items() if prompt in prompts}
+            # as in training, where states are kept in half precision
+            together = encode_captions(new, self._encoder).arguments(torch.arange(len(new)))
+            for row, prompt in enumerate(new):
+                self._known[prompt] = {key: one[row] for key, one in together.items()}
+        found_here = [self._known[prompt] for prompt in prompts]
+        return {key: torch.stack([one[key] for one in found_here]) for key in found_here[0]}
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Samples one picture for each prompt.
+
+        Args:
+            prompt: B prompts, or one.
+            guidance_scale: classifier-free guidance; higher follows the prompt more closely. At 1 or below only the
+                conditional half is evaluated, otherwise both, unconditional first.
+            num_inference_steps: evaluated steps S.
+            generator: source of the initial noise, and of step noise where the scheduler draws it; a list holds one
+                for each sample.
+            latents: initial noise (B, C, H, W) of unit variance instead of a draw; square, H a multiple of the patch.
+            output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W), both float32 in [0, 1].
+            return_dict: False gives a tuple.
+            negative_prompt: what guidance leads away from, one for all or one for each; None is the empty prompt.
+
+        Returns:
+            The pictures as `.images`, or a tuple of them.
+
+        Raises:
+            DiffratioError: no prompt, latents, steps or output type that do not fit, or a transformer in training mode.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(one, str) for one in prompts):
+            raise DiffratioError(f"prompt must be a text or a list of texts, got {prompt!r}")
+        against = list(negative_prompt) if isinstance(negative_prompt, list | tuple) else [negative_prompt or ""]
+        against = against * len(prompts) if len(against) == 1 else against
+        if len(against) != len(prompts) or not all(isinstance(one, str) for one in against):
+            raise DiffratioError(
+                f"negative_prompt {negative_prompt!r} for {len(prompts)} prompts: give one text, or one for each"
+            )
+
+        def arguments(texts: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+            found = self.encode(texts)
+            dtype = self.transformer.dtype
+            return {key: one.to(device, dtype if one.is_floating_point() else None) for key, one in found.items()}
+
+        shared = (guidance_scale, num_inference_steps, generator, latents, output_type, return_dict)
+        return self._sample(
+            len(prompts),
+            lambda device: arguments(prompts, device),
+            lambda device: arguments(against, device),
+            *shared,
+        )
