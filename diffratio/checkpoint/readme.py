@@ -52,10 +52,19 @@ _ROUTED_LINE = (
     "A diffusion transformer with learned token routing: in every block only the best tokens are computed. "
     "It needs diffratio; plain diffusers refuses to load it."
 )
+_ADAPTER_LINE = (
+    "A LoRA adapter{routed}: it holds what was trained and stands on the weights of `{base}`, which it is merged into "
+    "when diffratio loads it. `adapter_config.json` and `adapter_model.safetensors` are peft's."
+)
 
 
 def render_readme(
-    card: Card, parameters: int, bins: Table | None = None, fraction: float | None = None, text: bool = False
+    card: Card,
+    parameters: int,
+    bins: Table | None = None,
+    fraction: float | None = None,
+    text: bool = False,
+    base: str | None = None,
 ) -> str:
     """The model card as Markdown.
 
@@ -65,6 +74,7 @@ def render_readme(
         bins: keep ratios in tenths [layer][region], where it is routed.
         fraction: its MACs on its sampling run over those of the dense model.
         text: whether it is sampled by prompts, not by class.
+        base: of an adapter, the checkpoint that it stands on.
     """
     usage = _PIPELINE.format(
         name=card.name,
@@ -72,11 +82,14 @@ def render_readme(
         steps=card.sampler.steps,
         guidance=card.sampler.guidance_scale,
     )
+    line = _ROUTED_LINE if card.kind == "routed" else _DENSE_LINE
+    if base is not None:
+        line = _ADAPTER_LINE.format(base=base, routed=" with token routers" if card.kind == "routed" else "")
     return _TEMPLATE.format(
         name=card.name,
         licence=card.licence.lower(),
-        library="diffratio" if card.kind == "routed" else "diffusers",
-        kind_line=_ROUTED_LINE if card.kind == "routed" else _DENSE_LINE,
+        library="diffratio" if card.kind == "routed" or base is not None else "diffusers",
+        kind_line=line,
         backbone=card.backbone,
         objective=card.objective,
         parameters=parameters,

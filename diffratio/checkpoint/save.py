@@ -20,7 +20,7 @@ from diffratio.checkpoint.readme import render_readme
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import atomic_folder, sha256, write_json
 from diffratio.methods.base import Method, config_to_json
-from diffratio.surgery import attachment, is_applied
+from diffratio.surgery import attachment, is_applied, merged_state
 
 ROUTING_FORMAT, ROUTING_VERSION = "diffratio-routing", 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,7 +41,8 @@ def export(
     """Writes a checkpoint folder in diffusers layout, whole or not at all.
 
     With a learned method applied the checkpoint is routed: weights, routers and keep schedule. With nothing, or with a
-    method that has no parameters, it is dense, and its transformer loads in plain diffusers.
+    method that has no parameters, it is dense, and its transformer loads in plain diffusers. Adapters (LoRA of peft)
+    are merged into the stored weights; `export_adapter` stores them alone.
 
     Args:
         transformer: a diffusers transformer of a known family, converted or not; stays as it is.
@@ -58,12 +59,12 @@ def export(
         The folder.
 
     Raises:
-        DiffratioError: keep ratios that are still learned, parameters that the family does not know (unmerged
-            adapters), a card that contradicts the transformer, or a folder that is not writable or not ours.
+        DiffratioError: keep ratios that are still learned, parameters that the family does not know, a card that
+            contradicts the transformer, or a folder that is not writable or not ours.
     """
-    backbone, learned = backbone_of(transformer), _learned(transformer)
+    backbone, learned = backbone_of(transformer), learned_method(transformer)
     storage = as_dtype(dtype)
-    target = _target(folder)
+    target = free_folder(folder)
     config: dict[str, Any] = {
         key: value
         for key, value in json.loads(transformer.to_json_string()).items()  # type: ignore[operator]
@@ -77,7 +78,7 @@ def export(
             raise DiffratioError("pipeline= stores all parts of a text-conditional model, in place of vae=")
         check_pipeline(pipeline, transformer)
         scheduler = pipeline.scheduler if scheduler is None else scheduler
-    full_card, scheduler = _complete(card, target.name, backbone, learned, transformer, scheduler)
+    full_card, scheduler = completed(card, target.name, backbone, learned, transformer, scheduler)
     weights = layout.DENSE_WEIGHTS if learned is None else layout.ROUTED_WEIGHTS
     if learned is not None:
         config |= {"_class_name": f"Routed{class_name}", "_diffratio": _NOTE}
@@ -133,7 +134,7 @@ def is_router(key: str) -> bool:
     return ".router." in key
 
 
-def _learned(transformer: nn.Module) -> Method | None:
+def learned_method(transformer: nn.Module) -> Method | None:
     """The applied method that has parameters, ready to be frozen into a file."""
     methods = attachment(transformer).methods if is_applied(transformer) else []
     learned = next((method for method in methods if method.learned), None)
@@ -145,7 +146,8 @@ def _learned(transformer: nn.Module) -> Method | None:
     return learned
 
 
-def _target(folder: str | Path) -> Path:
+def free_folder(folder: str | Path) -> Path:
+    """Where a checkpoint may be written; raises DiffratioError for a file, or a folder that is not ours."""
     target = Path(folder).expanduser().absolute()
     if target.exists() and not target.is_dir():
         raise DiffratioError(f"output folder {str(folder)!r} is a file; choose another folder")
@@ -165,7 +167,7 @@ def _state(
 ) -> dict[str, Tensor]:
     """State dict as it is stored; its keys are those that a fresh model will ask for."""
     state = {}
-    for key, tensor in transformer.state_dict().items():
+    for key, tensor in merged_state(transformer).items():
         wanted = torch.float32 if is_router(key) else dtype
         floating = tensor.is_floating_point() and wanted is not None
         state[key] = tensor.detach().to("cpu", wanted if floating else tensor.dtype).contiguous()
@@ -178,7 +180,7 @@ def _state(
     if expected != set(state):
         raise DiffratioError(
             f"the transformer's parameters are not those of a {config['_class_name']}: {differences(state, expected)}; "
-            "merge adapters into the weights (fuse and unload) and unwrap the model before the export"
+            "take what does not belong to the family out and unwrap the model before the export"
         )
     return state
 
@@ -198,7 +200,7 @@ def differences(found: Any, expected: Any) -> str:
     return " and ".join(parts)
 
 
-def _complete(
+def completed(
     card: Card | Mapping[str, Any] | None,
     name: str,
     backbone: Backbone,

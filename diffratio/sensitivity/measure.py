@@ -23,7 +23,8 @@ from diffratio.routing.schedule import Table, constant_table
 from diffratio.sensitivity.gram import measure_gram
 from diffratio.sensitivity.importance import region_weights
 from diffratio.sensitivity.probe import Batch, probed
-from diffratio.sensitivity.store import Sensitivity, weights_digest
+from diffratio.sensitivity.store import Sensitivity
+from diffratio.surgery import weights_digest
 from diffratio.tokens.matching import mixed_seed
 
 NEAR = (1, 2, 4)  # bins below the present one that are measured on the way down

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.files import atomic_file
 from diffratio.routing.allocate import ErrorModel, Path, allocate
 from diffratio.routing.schedule import KeepSchedule, Table
+from diffratio.surgery import weights_digest
 
 FORMAT, VERSION, SUFFIX = "diffratio-sensitivity", 1, ".safetensors"
 MAPS = "maps"  # folder of the maps that ship, beside the checkpoints that they were measured on
@@ -125,17 +125,6 @@ class Sensitivity:
                 "`diffratio measure` them, or give the checkpoint that was measured"
             )
         return self
-
-
-def weights_digest(transformer: nn.Module) -> str:
-    """Hex sha256 of the dense weights in float32, whatever is applied and wherever they are."""
-    digest = hashlib.sha256()
-    for key, value in sorted(transformer.state_dict().items()):
-        if ".router." in key or key.startswith("keep_ratios."):
-            continue
-        digest.update(f"{key} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_sensitivity(path: str | FilePath, found: Sensitivity) -> None:

@@ -28,6 +28,7 @@ from diffratio.routing.schedule import KeepSchedule
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
 from diffratio.training.health import RoutingHealth
 from diffratio.training.logs import RunCSVLogger
+from diffratio.training.lora import base_weights
 from diffratio.training.module import Training, dense_copy
 from diffratio.training.saving import SafeCheckpointIO
 from diffratio.training.schedules import read_schedule
@@ -54,7 +55,7 @@ def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(default, tuple):
-            value = tuple(value)
+            value = (value,) if isinstance(value, str) else tuple(value)
         kind = str if default is None else type(default)
         if type(value) is not kind and value is not default:
             raise DiffratioError(f"{section}.{key} is {value!r}, a {type(value).__name__}; it takes a {kind.__name__}")
@@ -204,6 +205,24 @@ def build_objective(cfg: Config) -> Objective:
     return get_objective(values.pop("name"), **values)
 
 
+def lora_settings(cfg: Config) -> surgery.LoraSettings | None:
+    """LoRA's settings, or None where all weights are trained.
+
+    Raises:
+        DiffratioError: a value out of range, or weights that are not to be trained at all.
+    """
+    values = cfg.get("lora") or {}  # runs of earlier versions have none
+    if values.get("rank") is None:
+        return None
+    settings = typed(surgery.LoraSettings, values, "lora")
+    if cfg["optimizer"]["weights"] == "none":
+        raise DiffratioError(
+            "optimizer.weights=none trains routing alone and lora.rank asks for LoRA; set optimizer.weights=all, which "
+            "trains LoRA in place of the weights, or lora=none"
+        )
+    return settings
+
+
 def build_module(cfg: Config, data: ImageData | None) -> Training:
     """The LightningModule with its transformer, method, objective and teacher."""
     budget = typed(BudgetSettings, cfg["budget"], "budget")
@@ -212,12 +231,15 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     loss = typed(LossSettings, {**shared, "seed": cfg["seed"]}, "objective")
     known = {field.name for field in dataclasses.fields(GuardSettings)}  # runs of earlier versions have none of them
     guard = typed(GuardSettings, {key: value for key, value in cfg["callbacks"].items() if key in known}, "callbacks")
-    objective = build_objective(cfg)
+    objective, lora = build_objective(cfg), lora_settings(cfg)
     torch.manual_seed(cfg["seed"])
     transformer = build_transformer(cfg, data)
+    base = base_weights(cfg["backbone"]["source"], transformer) if lora else None
     method = build_method(cfg, transformer, budget)
-    teacher = dense_copy(transformer) if loss.distill else None
+    teacher = dense_copy(transformer, share=lora is not None) if loss.distill else None
     surgery.apply_(transformer, method, seed=cfg["seed"])
+    if lora:
+        surgery.add_lora_(transformer, lora)
     run = budget_run(transformer, budget)
     schedule = getattr(method, "schedule", None)
     if isinstance(schedule, KeepSchedule):
@@ -231,6 +253,7 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     probe_n = cfg["callbacks"]["probe_n"]
     conditions = None if data is None else data.conditions
     module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard, conditions)
+    module.base = base
     if module.learning_ratios:
         assert module.keep_ratios is not None
         lowest = module.projection.lowest(*module.keep_ratios.rho.shape)

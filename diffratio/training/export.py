@@ -11,11 +11,12 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from diffratio.checkpoint import export
+from diffratio.checkpoint import export, export_adapter
 from diffratio.conditions import Captions, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.objectives.validation import region_losses
 from diffratio.sampling.schedulers import make_scheduler
+from diffratio.surgery import adapter_layers
 from diffratio.training.build import build_data, build_module
 from diffratio.training.latency import with_own_table
 from diffratio.training.module import Training
@@ -44,6 +45,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
             "steps": result.get("steps"),
             "batch_size": plain["data"]["batch_size"],
             "optimizer": plain["optimizer"],
+            **({"lora": plain["lora"]} if (plain.get("lora") or {}).get("rank") else {}),
             "objective": plain["objective"],
             "budget": plain["budget"],
             "seed": plain["seed"],
@@ -68,16 +70,42 @@ def final_losses(module: Training, data: Any, n: int) -> Tensor:
 
 
 def export_module(module: Training, out: Path, card: dict[str, Any], dtype: torch.dtype | None = None) -> Path:
-    """Writes a module's transformer as a checkpoint folder."""
+    """Writes a module's transformer as a checkpoint folder, with LoRA in the weights."""
     sampler = make_scheduler(card["sampler"]["name"], card["objective"])
     return export(module.transformer, out, card=card, scheduler=sampler, dtype=dtype)
 
 
-def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str | None) -> dict[str, Any]:
-    """Rebuilds a run from its config and last checkpoint, and exports it.
+def export_module_adapter(module: Training, out: Path, card: dict[str, Any], dtype: torch.dtype | None = None) -> Path:
+    """Writes what a LoRA job has trained as an adapter folder.
 
     Raises:
-        DiffratioError: no checkpoint, a damaged one, or ratios that are not frozen yet.
+        DiffratioError: it trained no LoRA, or on random weights, which no file holds.
+    """
+    if not adapter_layers(module.transformer):
+        raise DiffratioError("--adapter: this run trained all weights; leave it out, or train with lora=default")
+    if module.base is None:
+        raise DiffratioError(
+            "--adapter: the base of this run had random weights (backbone.source=null), which cannot be loaded again; "
+            "leave it out to export them merged"
+        )
+    sampler = make_scheduler(card["sampler"]["name"], card["objective"])
+    return export_adapter(module.transformer, out, module.base, card=card, scheduler=sampler, dtype=dtype)
+
+
+def export_checkpoint(
+    plain: dict[str, Any], folder: Path, out: Path, dtype: str | None, adapter: bool = False
+) -> dict[str, Any]:
+    """Rebuilds a run from its config and last checkpoint, and exports it.
+
+    Args:
+        plain: config of the run.
+        folder: of the run.
+        out: where to.
+        dtype: storage type; routers stay float32.
+        adapter: whether LoRA, routers and schedule are written alone; otherwise LoRA is merged into the weights.
+
+    Raises:
+        DiffratioError: no checkpoint, a damaged one, ratios that are not frozen yet, or nothing to write as an adapter.
     """
     path = folder / "checkpoints" / "last.ckpt"
     if not path.is_file():
@@ -104,7 +132,8 @@ def export_checkpoint(plain: dict[str, Any], folder: Path, out: Path, dtype: str
         result = json.loads(result_file.read_text(encoding="utf-8"))
     precision = getattr(torch, dtype) if dtype else None
     card = card_of(plain, {"steps": saved["global_step"], **result}, module.conditions)
-    written = export_module(module, out, card, precision)
+    write = export_module_adapter if adapter else export_module
+    written = write(module, out, card, precision)
     return {
         "out": str(written),
         "steps": saved["global_step"],

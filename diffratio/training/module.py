@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.checkpoint import BaseWeights
 from diffratio.conditions import Classes, Conditions
 from diffratio.cost.macs import CostTable, macs_table
 from diffratio.cost.run import SamplingRun
@@ -23,6 +24,7 @@ from diffratio.routing.ratios import BudgetProjection
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.surgery import attachment, drop_root_module_
 from diffratio.training.guard import NonFiniteGuard
+from diffratio.training.lora import leave_base_, put_base_
 from diffratio.training.settings import BudgetSettings, GuardSettings, LossSettings, OptimizerSettings
 
 _HARM_MEMORY = 0.95
@@ -82,6 +84,7 @@ class Training(LightningModule):
         if optimizer.weights == "none":
             for name, parameter in transformer.named_parameters():
                 parameter.requires_grad_(".router." in name or name.startswith("keep_ratios"))
+        self.base: BaseWeights | None = None  # what LoRA stands on, where that can be loaded again
         self.rounding: dict[str, float] = {}
         self.probe_n = probe_n
 
@@ -306,14 +309,16 @@ class Training(LightningModule):
             "rounding": dict(self.rounding),
             "guard": self.guard.state(),
         }
+        leave_base_(checkpoint, self.transformer, self.base)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Freezes first where the saved job had frozen."""
+        """Freezes first where the saved job had frozen; frozen base weights come from where they lie."""
         saved = checkpoint.get("diffratio") or {}
         self.rounding = dict(saved.get("rounding") or {})
         self.guard.restore(saved.get("guard") or {})
         if saved.get("schedule") and self.learning_ratios:
             self._fix(KeepSchedule.from_json(saved["schedule"]))
+        put_base_(checkpoint, self.transformer, self.base)
         stored, own = checkpoint["state_dict"], self.state_dict()
         wrong = sorted(set(stored) ^ set(own)) or [key for key in own if own[key].shape != stored[key].shape]
         if wrong:
@@ -323,6 +328,12 @@ class Training(LightningModule):
             )
 
 
-def dense_copy(transformer: nn.Module) -> nn.Module:
-    """A frozen copy of a dense transformer, as teacher."""
-    return copy.deepcopy(transformer).requires_grad_(False).eval()
+def dense_copy(transformer: nn.Module, share: bool = False) -> nn.Module:
+    """A frozen copy of a dense transformer, as teacher.
+
+    Args:
+        transformer: the dense model.
+        share: whether both hold the same parameters, which are frozen then: for LoRA, which trains others.
+    """
+    shared = {id(parameter): parameter for parameter in transformer.parameters()} if share else None
+    return copy.deepcopy(transformer, shared).requires_grad_(False).eval()

@@ -134,6 +134,7 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     """
     import torch
 
+    from diffratio import surgery
     from diffratio.backbones import backbone_of
     from diffratio.cost.macs import macs_table
     from diffratio.methods.base import get_method
@@ -146,6 +147,7 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         build_method,
         build_objective,
         build_transformer,
+        lora_settings,
         typed,
     )
     from diffratio.training.schedules import predicted_errors
@@ -168,10 +170,14 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         raise DiffratioError(
             f"budget.target={budget.target:g} is below the {lowest:.3f} that every bin at {costs.levels[0]} costs"
         )
-    parameters = sum(p.numel() for p in transformer.parameters())
+    parameters = trained = sum(p.numel() for p in transformer.parameters())
+    lora = lora_settings(plain)
+    if lora:
+        surgery.add_lora_(transformer, lora)
+        trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     batch, tokens = plain["data"]["batch_size"], run.grid.tokens
-    # weights, gradients, two Adam moments and the average in fp32; about 34 channels' worth of activations a block
-    state = parameters * 4 * 5
+    # weights in fp32, of trained ones gradients, two Adam moments and the average; activations of 34 channels a block
+    state = 4 * (parameters + 4 * trained + (trained if lora else 0))
     activations = batch * tokens * description.width * 34 * description.layers * 2
     table, milliseconds = budget_table(transformer, budget, run), {}
     if table is not None:
@@ -197,6 +203,7 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         "tokens": tokens,
         "layers": description.layers,
         "parameters": parameters,
+        **({"lora_parameters": trained} if lora else {}),
         "budget": {"target": budget.target, "unit": budget.unit, "reachable": [lowest, 1.0]},
         "macs": {
             "dense_forward": description.dense(run) // (run.steps * run.halves),
@@ -343,7 +350,7 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
     """Puts the average in, measures the last validation loss and exports."""
     from diffratio.training.build import budget_table
     from diffratio.training.callbacks import WeightAverage
-    from diffratio.training.export import card_of, export_module, final_losses
+    from diffratio.training.export import card_of, export_module, export_module_adapter, final_losses
     from diffratio.training.latency import in_words, promised, reached
 
     for callback in trainer.callbacks:
@@ -375,18 +382,21 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
     if table is not None:
         result["latency"] = promised(module, table)
     if trainer.is_global_zero:
-        exported = export_module(module, folder / "export", card_of(plain, result, module.conditions))
+        card = card_of(plain, result, module.conditions)
+        if module.base is not None:  # small beside the merged one
+            result["adapter"] = str(export_module_adapter(module, folder / "adapter", card))
+        exported = export_module(module, folder / "export", card)
         if table is not None:
             result["latency"] |= reached(exported, module, table, str(trainer.strategy.root_device))
             print(in_words(result["latency"]))
     return result
 
 
-def export_run(run_folder: str, out: str, dtype: str | None = None) -> dict[str, Any]:
-    """Exports a run from its last checkpoint, moving average first.
+def export_run(run_folder: str, out: str, dtype: str | None = None, adapter: bool = False) -> dict[str, Any]:
+    """Exports a run from its last checkpoint, moving average first; LoRA merged, or with routers and schedule alone.
 
     Raises:
-        DiffratioError: the folder holds no run, or its ratios are not frozen yet.
+        DiffratioError: the folder holds no run, its ratios are not frozen yet, or it has no adapter.
     """
     from diffratio.training.export import export_checkpoint
 
@@ -398,4 +408,4 @@ def export_run(run_folder: str, out: str, dtype: str | None = None) -> dict[str,
         )
     plain = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
     assert isinstance(plain, dict)
-    return export_checkpoint(plain, folder, Path(out), dtype)  # type: ignore[arg-type]
+    return export_checkpoint(plain, folder, Path(out), dtype, adapter)  # type: ignore[arg-type]

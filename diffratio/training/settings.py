@@ -89,7 +89,7 @@ class OptimizerSettings:
 
     Args:
         weights: `all` trains the transformer's own weights, `none` only routers and ratios.
-        lr: learning rate of the weights.
+        lr: learning rate of the weights, or of LoRA in their place.
         weight_decay: of the weights; routers and ratios have none.
         router_lr: learning rate of the routers.
         ratio_lr: learning rate of the ratios; its unit is keep ratio a step.

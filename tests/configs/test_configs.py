@@ -19,6 +19,7 @@ from diffratio.errors import DiffratioError
 from diffratio.files import configs_folder
 from diffratio.methods import get_method, methods
 from diffratio.objectives import objectives
+from diffratio.surgery import LoraSettings
 from diffratio.training.run import check, compose
 from diffratio.training.settings import BudgetSettings, OptimizerSettings
 
@@ -118,7 +119,8 @@ def test_data_keys_are_those_of_the_module(path: Path) -> None:
 
 def test_budget_and_optimizer_files_hold_the_defaults() -> None:
     """One truth: what the YAML says is what the dataclass says, key by key."""
-    for group, member, cls in (("budget", "macs", BudgetSettings), ("optimizer", "adamw", OptimizerSettings)):
+    groups = (("budget", "macs", BudgetSettings), ("optimizer", "adamw", OptimizerSettings))
+    for group, member, cls in (*groups, ("lora", "default", LoraSettings)):
         values = values_of(ROOT / group / f"{member}.yaml")
         fields = {field.name: field.default for field in dataclasses.fields(cls)}
         assert set(values) == set(fields)
