@@ -11,6 +11,21 @@ from diffratio.errors import DiffratioError
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """Embeddings of captions, of length 1.
+
+    Args:
+        samples: of the generated images' captions (n, c).
+        reference: of the reference images' (m, c).
+        train: of the training images' (t, c), in the order of their features.
+    """
+
+    samples: Tensor
+    reference: Tensor
+    train: Tensor
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything that one arm gave with one seed; a metric takes what it needs and says None where that is missing.
 
@@ -27,6 +42,7 @@ class Evidence:
         extractor: id of what made all features; figures that are named by an extractor are refused for another one.
         reference_images: the real images behind `reference` (m, C, H, W) in [-1, 1], for optional extractors.
         prompts: captions of the generated images, for text-image scores.
+        sentences: embeddings of the captions of samples, reference and training images; None without text.
     """
 
     images: Tensor
@@ -41,6 +57,7 @@ class Evidence:
     extractor: str | None = None
     reference_images: Tensor | None = None
     prompts: tuple[str, ...] | None = None
+    sentences: Sentences | None = None
 
     def __post_init__(self) -> None:
         other = self.dense.extractor if self.dense else None

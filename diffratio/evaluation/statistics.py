@@ -47,6 +47,14 @@ def normal_quantile() -> float:
     return NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
 
+def share_estimate(right: int, n: int) -> Estimate:
+    """Share of n samples with its Wilson interval (1927)."""
+    share, z = right / n, normal_quantile()
+    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = (max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n)))
+    return Estimate(share, math.sqrt(share * (1 - share) / n), low, high, n)
+
+
 def mean_estimate(values: Tensor, what: str = "values") -> Estimate:
     """Mean of independent samples with its t interval.
 

@@ -153,7 +153,7 @@ def test_a_comparison_asks_for_held_out_captions(
     monkeypatch.setattr(running, "Lite0Features", PooledPixels)
     monkeypatch.setattr(measuring, "mask_overlays", measuring.mask_overlays)
     data = data_of(here)
-    changes = {"methods": ["tome", "importance"], "routed": [str(routed)], "weights": str(base), "train_n": 0}
+    changes = {"methods": ["tome", "importance"], "routed": [str(routed)], "weights": str(base), "train_n": 12}
     cfg = settings({"dense": str(base)}, tmp_path / "out", **changes)
     answer = running.compare_from_config(cfg, data.held_out, train=data.reference, conditions=data.conditions)
     rows = {row["arm"]: row for row in answer["arms"]}

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from diffratio.backbones import backbone_of
-from diffratio.conditions import Classes, Conditions
+from diffratio.conditions import Captions, Classes, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup
 from diffratio.evaluation.compare.cheats import probe
 from diffratio.evaluation.compare.folder import ComparisonFolder
 from diffratio.evaluation.compare.settings import CompareSettings
 from diffratio.evaluation.compare.timing import memory_of, time_arms
+from diffratio.evaluation.evidence import Sentences
 from diffratio.evaluation.features import FeatureExtractor
 from diffratio.evaluation.masks import mask_overlays
 from diffratio.evaluation.metrics import METRICS, Evidence, measure
@@ -78,6 +79,7 @@ class Referee:
         self._dense: dict[str, Evidence] = {}
         self._real: Tensor | None = None
         self._train: Tensor | None = None
+        self._texts: Sentences | None = None
 
     def prepare(self, arms: Sequence[Contender]) -> None:
         """Probes, times and weighs the arms, and takes their validation losses; a broken one gets its `failure`.
@@ -225,6 +227,7 @@ class Referee:
             self._real,
             labels=None if self.classes is None else torch.tensor(self.classes),
             prompts=self.prompts,
+            sentences=self._sentences(),
             dense=self._dense[f"{one.partner.key}-{seed}"] if one.partner else None,
             losses=self._losses.get(one.key),
             reference_losses=self._reference(one),
@@ -239,6 +242,19 @@ class Referee:
             images = self.train(self.settings.train_n)[0]
             self._train = cached_features(images, self.extractor, f"{self.data or 'data'}-train")
         return self._train
+
+    def _sentences(self) -> Sentences | None:
+        if not isinstance(self.conditions, Captions) or self.prompts is None or not self.settings.train_n:
+            return None
+        if self._texts is None:
+            assert self.train is not None
+            vectors = self.conditions.sentences()
+            self._texts = Sentences(
+                vectors[self.conditions.numbers(self.prompts)],
+                vectors[self.held_out(self.settings.reference_n)[1]],
+                vectors[self.train(self.settings.train_n)[1]],
+            )
+        return self._texts
 
     def _remember(self, one: Contender, seed: int, evidence: Evidence) -> None:
         """Only those of the present seed are needed again; samples of large comparisons fill memory."""

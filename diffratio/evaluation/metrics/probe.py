@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.evidence import Evidence
-from diffratio.evaluation.statistics import Estimate, feature_sets, normal_quantile
+from diffratio.evaluation.statistics import Estimate, feature_sets, share_estimate
 from diffratio.files import atomic_file
 
 FORMAT = "diffratio-probe-1"
@@ -107,7 +106,8 @@ def class_accuracy(features: Tensor, labels: Tensor, probe: Probe, *, extractor:
             f"{int(labels.min())} to {int(labels.max())}"
         )
     right = probe.predict(features) == labels.to(features.device)
-    return _wilson(int(right.sum()), len(right), probe)
+    share = share_estimate(int(right.sum()), len(right))
+    return Accuracy(**asdict(share), real=probe.accuracy, chance=1 / probe.classes)
 
 
 def find_probe(data: str, extractor: str, folder: str | Path = FOLDER) -> Probe:
@@ -194,11 +194,3 @@ def _knows(probe: Probe, labels: Tensor) -> bool:
     if torch.is_floating_point(labels) or not len(labels):
         return False
     return int(labels.min()) >= 0 and int(labels.max()) < probe.classes
-
-
-def _wilson(right: int, n: int, probe: Probe) -> Accuracy:
-    share, z = right / n, normal_quantile()
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    low, high = (max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n)))
-    stderr = math.sqrt(share * (1 - share) / n)
-    return Accuracy(share, stderr, low, high, n, real=probe.accuracy, chance=1 / probe.classes)

@@ -14,6 +14,7 @@ from diffratio.evaluation.metrics.images import PAIRED_MINIMUM, psnr, ssim
 from diffratio.evaluation.metrics.nearest import feature_distance, nearest_distance
 from diffratio.evaluation.metrics.optional import OPTIONAL_METRICS, require_package
 from diffratio.evaluation.metrics.probe import applicable_accuracy
+from diffratio.evaluation.metrics.retrieval import applicable_retrieval
 from diffratio.evaluation.statistics import Estimate, paired_difference
 
 
@@ -146,6 +147,12 @@ METRICS: dict[str, Metric] = {
         "higher",
         PAIRED_MINIMUM,
         applicable_accuracy,
+    ),
+    "caption_retrieval": Metric(
+        "share of samples whose caption is among the first 10 of 100 by a linear map from features to text",
+        "higher",
+        PAIRED_MINIMUM,
+        applicable_retrieval,
     ),
     "nearest_distance": Metric(
         "L2 distance to the nearest training image's features; far below its `real`, the held-out images' = memorised",
