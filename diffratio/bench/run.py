@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffratio.bench.profiling import in_words
 from diffratio.bench.settings import SECTIONS, BenchSettings, check_kind, section
 from diffratio.bench.table import Row, text
 from diffratio.cost.latency import cpu_threads
@@ -56,6 +57,11 @@ def run_bench(kind: str, cfg: Mapping[str, Any]) -> BenchResult:
 
         made = provenance(device)
     notes = _notes(kind, settings, device, made["device"])
+    notes += [
+        f"where the time of {row.variant!r} goes: {in_words(row.facts['profile'])}"
+        for row in rows
+        if "profile" in row.facts
+    ]
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "bench": kind,

@@ -96,6 +96,7 @@ class TrainingSettings:
         batches: batch sizes.
         spread: largest distance of a ratio from their mean.
         loop: whether the published way, one sample at a time, is timed too; it is several times slower.
+        profile: whether the shares of a step's time by kind of work are told, too.
     """
 
     experiment: str = "fashion_diffcr"
@@ -103,6 +104,7 @@ class TrainingSettings:
     batches: tuple[int, ...] = (48,)
     spread: float = 0.2
     loop: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         _some(batches=self.batches)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from diffratio.bench.profiling import profiled
 from diffratio.bench.settings import BenchSettings, TrainingSettings
 from diffratio.bench.table import Row, Variant, measure
 from diffratio.methods.diffcr import ESTIMATORS
@@ -43,8 +45,16 @@ def bench_training(settings: BenchSettings, own: TrainingSettings, device: str) 
             f"distillation {'on' if cfg['objective']['distill'] else 'off'}"
         )
         measured = measure(group, variants, settings, device)
+        if own.profile:
+            measured = [_with_profile(row, variants[row.variant], device) for row in measured]
         rows += [*measured, *_whole_runs(group, measured, cfg["budget"], _estimators(own))]
     return rows
+
+
+def _with_profile(row: Row, variant: Variant, device: str) -> Row:
+    if variant.call is None or row.time is None:
+        return row
+    return dataclasses.replace(row, facts={**row.facts, "profile": profiled(variant.call, device)})
 
 
 def _estimators(own: TrainingSettings) -> tuple[str, ...]:
