@@ -29,4 +29,9 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
         "PixArtTransformer2DModel",
         "PixArt-alpha and Sigma: text by cross-attention, one stream, adaLN-single",
     ),
+    "sd3": (
+        "diffratio.backbones.sd3",
+        "SD3Transformer2DModel",
+        "Stable Diffusion 3 and 3.5: image and text streams in joint attention, adaLN-Zero",
+    ),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
-from text_pipelines import PIPELINES, TEXT, pictures, tiny_pipeline
+from text_pipelines import PIPELINES, TEXT_TOKENS, pictures, tiny_pipeline
 
 import diffratio
 from diffratio.backbones import get_backbone
@@ -22,13 +22,20 @@ from diffratio.tokens.grid import TokenGrid
 
 GRID = TokenGrid(4, 4)
 KINDS = tuple(PIPELINES)
+SAMPLED = [
+    *((kind, name) for kind in ("alpha", "sigma") for name in ("dense", "mod", "tome", "sdtm", "importance")),
+    *((kind, "guidance_interval") for kind in KINDS),
+    ("sd3", "mod"),
+    ("sd3", "tome"),
+]
 
 
 def run_of(pipe: Any, grid: TokenGrid = GRID, steps: int = 5) -> SamplingRun:
     """What the pipeline of these tests samples."""
     pipe.scheduler.set_timesteps(steps)
     levels = tuple((pipe.scheduler.timesteps.float() / 1000).tolist())
-    return SamplingRun(levels, grid, "cfg", TEXT)
+    kind = next(kind for kind, cls in PIPELINES.items() if isinstance(pipe, cls))
+    return SamplingRun(levels, grid, "cfg", TEXT_TOKENS[kind])
 
 
 def routed(kind: str = "alpha", **changes: Any) -> Any:
@@ -50,8 +57,7 @@ def test_a_dense_pipeline_folder_loads_as_it_was(kind: str, tmp_path: Path) -> N
     assert not torch.equal(pictures(pipe, ("a dog", "a cow")), pictures(pipe))  # the prompt matters
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["dense", "mod", "tome", "sdtm", "importance", "guidance_interval"])
+@pytest.mark.parametrize(("kind", "method"), SAMPLED)
 def test_a_method_costs_what_is_counted_while_sampling(kind: str, method: str) -> None:
     pipe = tiny_pipeline(kind)
     dense, run = pictures(pipe), run_of(pipe)

@@ -1,4 +1,4 @@
-"""Tiny PixArt pipelines with every part that those on the hub have, random weights."""
+"""Tiny text-to-image pipelines with every part that those on the hub have, random weights."""
 
 from __future__ import annotations
 
@@ -6,37 +6,102 @@ from string import ascii_lowercase
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from diffratio.backbones import get_backbone
 
-TEXT = 12  # text tokens
-PIPELINES = {"alpha": PixArtAlphaPipeline, "sigma": PixArtSigmaPipeline}
+TEXT = 12  # text tokens of T5
+CLIP = 8  # and of the CLIP encoders, before them
+PIPELINES = {"alpha": PixArtAlphaPipeline, "sigma": PixArtSigmaPipeline, "sd3": StableDiffusion3Pipeline}
+TEXT_TOKENS = {"alpha": TEXT, "sigma": TEXT, "sd3": CLIP + TEXT}
 _LETTERS = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in ascii_lowercase)]
 
 
 def tiny_pipeline(kind: str, **changes: Any) -> Any:
     """A pipeline in latent space whose prompts are spelled letter by letter; `changes` are the transformer's."""
     torch.manual_seed(0)
+    if kind == "sd3":
+        return _stable_diffusion_3(**changes)
     sizes = {"in_channels": 4, "out_channels": 8, "num_layers": 4} | changes
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),  # type: ignore[arg-type]
-        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
-        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    config = T5Config(vocab_size=32, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     pipe = PIPELINES[kind](
         tokenizer=T5Tokenizer(vocab=_LETTERS, extra_ids=0),
-        text_encoder=T5EncoderModel(config).eval(),
-        vae=vae.eval(),
+        text_encoder=_t5(),
+        vae=_vae(),
         transformer=get_backbone("pixart").tiny(**sizes).eval(),
         scheduler=DPMSolverMultistepScheduler(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _stable_diffusion_3(**changes: Any) -> Any:
+    """SD3.5's parts: two CLIP encoders, whose channels stand side by side, and T5 after them."""
+    sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 4} | changes
+    clip = [{"tokenizer": _clip_tokenizer(), "text_encoder": _clip(channels)} for channels in (4, 8)]
+    vae = _vae()
+    pipe = StableDiffusion3Pipeline(
+        **clip[0],
+        **{f"{name}_2": part for name, part in clip[1].items()},
+        tokenizer_3=T5Tokenizer(vocab=_LETTERS, extra_ids=0),
+        text_encoder_3=_t5(),
+        vae=vae,
+        transformer=get_backbone("sd3").tiny(**sizes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
+        norm_num_groups=4,
+        latent_channels=4,
+        shift_factor=0.1,
+    ).eval()
+
+
+def _t5() -> T5EncoderModel:
+    config = T5Config(vocab_size=32, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    ends = [f"{letter}</w>" for letter in ascii_lowercase]
+    words = [*ascii_lowercase, *ends, "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=CLIP)
+
+
+def _clip(channels: int) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=channels,
+        intermediate_size=8,
+        projection_dim=3,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    return CLIPTextModelWithProjection(config).eval()
 
 
 def pictures(pipe: Any, prompts: tuple[str, ...] = ("a cat", "two dogs"), **options: Any) -> torch.Tensor:
@@ -46,11 +111,11 @@ def pictures(pipe: Any, prompts: tuple[str, ...] = ("a cat", "two dogs"), **opti
         "num_inference_steps": 5,
         "guidance_scale": 4.5,
         "max_sequence_length": TEXT,
-        "use_resolution_binning": False,
-        "clean_caption": False,
         "generator": torch.Generator().manual_seed(1),
         "output_type": "pt",
     }
+    if not isinstance(pipe, StableDiffusion3Pipeline):
+        settings |= {"use_resolution_binning": False, "clean_caption": False}
     images = pipe(list(prompts), **(settings | options)).images
     assert isinstance(images, torch.Tensor)
     return images

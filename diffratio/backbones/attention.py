@@ -13,6 +13,8 @@ from torch.nn import functional
 from diffratio.errors import DiffratioError
 from diffratio.tokens.plan import gather_tokens
 
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values by head, (B, heads, tokens, head_dim) each
+
 
 class IndexedAttention:
     """diffusers' `AttnProcessor2_0` with queries and keys by index, and a bias by key.
@@ -119,16 +121,30 @@ class TextAttention:
 
 def _biased(attn: Any, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     """Attention of (B, Q, C) to (B, M, C) with the logits of every key raised by its bias (B or 1, M)."""
-    q, k, v = _projected(attn, queries, keys)
+    return projected_out(attn, biased_attention(*projected(attn, queries, keys), bias))
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of queries and keys by head with the logits of every key raised by its bias.
+
+    Args:
+        q: (B, heads, Q, head_dim).
+        k: (B, heads, M, head_dim).
+        v: (B, heads, M, head_dim).
+        bias: (B or 1, M), float32, or float64 for such tokens; may get gradient.
+
+    Returns:
+        (B, heads, Q, head_dim).
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms of queries and keys return float32
     if bias.requires_grad and torch.is_grad_enabled():
-        y = _learning_bias(q, k, v, bias)
-        return _out(attn, y.transpose(1, 2).flatten(2))
+        return _learning_bias(q, k, v, bias)
     wide = torch.promote_types(q.dtype, torch.float32)
     # the fused kernel takes a bias of the queries' type alone: half precision would round log-weights to three digits
     with torch.autocast(q.device.type, enabled=False):
         mask = bias.to(wide)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
         y = functional.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask)
-    return _out(attn, y.transpose(1, 2).flatten(2).to(q.dtype))
+    return y.to(q.dtype)
 
 
 def _learning_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -150,16 +166,19 @@ def _learning_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def _nested(attn: Any, x: Tensor, nested: Tensor) -> Tensor:
     """Attention in (B, K + L, C) of the first K tokens among themselves, and of the last L among themselves."""
     large = x.shape[1] - nested.shape[1]
-    q, k, v = _projected(attn, x[:, :large], x[:, :large])  # (B, heads, K, head_dim)
-    of_large = functional.scaled_dot_product_attention(q, k, v)
-    # normed queries and keys are per token too, so the nested set's are those of the same tokens
-    tokens_first = (one.transpose(1, 2) for one in (q, k, v))  # (B, K, heads, head_dim)
-    q, k, v = (gather_tokens(one, nested).transpose(1, 2) for one in tokens_first)
-    of_nested = functional.scaled_dot_product_attention(q, k, v)
-    return _out(attn, torch.cat([of_large.transpose(1, 2).flatten(2), of_nested.transpose(1, 2).flatten(2)], 1))
+    heads = projected(attn, x[:, :large], x[:, :large])  # (B, heads, K, head_dim)
+    of_large = functional.scaled_dot_product_attention(*heads)
+    of_nested = functional.scaled_dot_product_attention(*gather_heads(heads, nested))
+    return projected_out(attn, torch.cat([of_large, of_nested], dim=2))
 
 
-def _projected(attn: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gather_heads(heads: Heads, index: Tensor) -> Heads:
+    """Queries, keys and values of the tokens at index (B or 1, K): normed or turned, they are per token too."""
+    q, k, v = (gather_tokens(one.transpose(1, 2), index).transpose(1, 2) for one in heads)
+    return q, k, v
+
+
+def projected(attn: Any, queries: Tensor, keys: Tensor) -> Heads:
     """Queries, keys and values by head, (B, heads, tokens, head_dim), normed where the module does."""
 
     def heads(x: Tensor) -> Tensor:
@@ -169,8 +188,9 @@ def _projected(attn: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor
     return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k), v
 
 
-def _out(attn: Any, y: Tensor) -> Tensor:
-    """The output projection of (B, tokens, C)."""
+def projected_out(attn: Any, y: Tensor) -> Tensor:
+    """The output projection of (B, heads, tokens, head_dim) -> (B, tokens, C)."""
+    y = y.transpose(1, 2).flatten(2)
     y = attn.to_out[1](attn.to_out[0](y)) / attn.rescale_output_factor
     assert isinstance(y, Tensor)
     return y
@@ -181,12 +201,15 @@ def attention_modules(blocks: Iterable[nn.Module], path: str) -> list[Any]:
     return [block.get_submodule(path) for block in blocks]
 
 
-def index_attention_(modules: Sequence[Any], processor: Callable[[], Any] = IndexedAttention) -> list[Any]:
+def index_attention_(
+    modules: Sequence[Any], processor: Callable[[], Any] = IndexedAttention, stock: type = AttnProcessor2_0
+) -> list[Any]:
     """Replaces the processors of attention modules by our own.
 
     Args:
         modules: diffusers' `Attention` modules.
         processor: makes one of ours.
+        stock: the class of diffusers' processor that ours stands for.
 
     Returns:
         The processors that were there, for `plain_attention_`.
@@ -195,10 +218,10 @@ def index_attention_(modules: Sequence[Any], processor: Callable[[], Any] = Inde
         DiffratioError: one of them is not diffusers' stock processor, or the module does what ours cannot.
     """
     for module in modules:
-        if type(module.processor) is not AttnProcessor2_0:
+        if type(module.processor) is not stock:
             raise DiffratioError(
                 f"the attention processor is {type(module.processor).__name__}, and choosing queries and keys "
-                "stands for AttnProcessor2_0 alone: call set_processor(AttnProcessor2_0()) of each attention module"
+                f"stands for {stock.__name__} alone: call set_processor({stock.__name__}()) of each attention module"
             )
         if module.residual_connection or module.group_norm is not None or module.spatial_norm is not None:
             raise DiffratioError("attention with a residual, group or spatial norm of its own cannot choose its keys")

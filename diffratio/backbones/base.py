@@ -30,10 +30,12 @@ class Backbone(ABC):
         hidden: name of the block argument that carries the image tokens.
         per_token: names of block arguments with one entry an image token.
         per_sample: names of block arguments with one entry a sample.
-        sites: site name -> attribute path of the submodule inside a block.
-        streams: names of the block arguments that a block returns, in the order in which it returns them.
+        sites: site name -> attribute path of the submodule inside a block; see `site_modules`.
+        streams: names of the block arguments that a block returns, in the order in which it returns them: `hidden`
+            alone, or `hidden` and the text tokens of joint attention, which are never reduced.
         batched: names of the transformer's own arguments with one entry a sample.
-        refused: names of the transformer's own arguments that do not go with a method, and why.
+        refused: names of the transformer's own arguments, or `argument.entry` of a dictionary among them, that do not
+            go with a method, and why.
         condition: what a sample is conditioned on, a `class` label or `text` embeddings.
         pipeline: diffusers' class of the family's usual pipeline, of text-conditional families.
         guidance_order: how the family's pipelines batch the guidance halves; `one` where there are none.
@@ -110,6 +112,10 @@ class Backbone(ABC):
     def from_config(self, config: Mapping[str, Any]) -> nn.Module:
         """A randomly initialised transformer of a diffusers configuration."""
 
+    def site_modules(self, block: nn.Module, site: str) -> list[nn.Module]:
+        """The submodules of a block that a site stands for."""
+        return [block.get_submodule(self.sites[site])]
+
     def prepare_(self, transformer: nn.Module) -> dict[str, Any]:
         """Switches off what would disturb training; returns what `undo_` needs to restore it."""
         return {}
@@ -167,8 +173,8 @@ class Backbone(ABC):
         return uniform_run(steps, self.grid(transformer), guidance, self.text_tokens(transformer))
 
 
-class OneStream(Backbone):
-    """One stream of image tokens through `transformer_blocks`, timesteps of 0..1000, predictions in whole patches.
+class FromDiffusers(Backbone):
+    """A family that is one transformer class of diffusers.
 
     Attributes:
         transformer_class: diffusers' class.
@@ -179,6 +185,32 @@ class OneStream(Backbone):
     def matches(self, transformer: nn.Module) -> bool:
         """Whether it is diffusers' class, converted in place or not."""
         return isinstance(transformer, self.transformer_class)
+
+    def load(self, source: str, **options: Any) -> nn.Module:
+        """A transformer folder, a pipeline folder, or a hub id."""
+        return from_pretrained(self.transformer_class, source, **options)
+
+    def from_config(self, config: Mapping[str, Any]) -> nn.Module:
+        """Random weights."""
+        transformer: Any = self.transformer_class.from_config(dict(config))
+        return transformer
+
+
+class Patched(FromDiffusers):
+    """Blocks in `transformer_blocks`, timesteps of 0..1000, samples and predictions (B, C, H, W) in whole patches."""
+
+    def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
+        """Any height and width; raises DiffratioError where they are not whole patches."""
+        config: Any = transformer.config
+        patch = config.patch_size
+        height, width = (config.sample_size,) * 2 if sample is None else sample.shape[-2:]
+        if height % patch or width % patch:
+            raise DiffratioError(
+                f"a {height}x{width} sample does not fit this {self.name}: it takes whole {patch}x{patch} patches; "
+                "choose a height and width of the picture that are multiples of "
+                f"{patch} times the VAE's scale factor"
+            )
+        return TokenGrid(height // patch, width // patch)
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """`transformer_blocks`."""
@@ -198,15 +230,6 @@ class OneStream(Backbone):
         """(B, C, H, W) -> (B, N, in_channels * patch^2)."""
         config: Any = transformer.config
         return patches(output[:, : config.in_channels], config.patch_size)
-
-    def load(self, source: str, **options: Any) -> nn.Module:
-        """A transformer folder, a pipeline folder, or a hub id."""
-        return from_pretrained(self.transformer_class, source, **options)
-
-    def from_config(self, config: Mapping[str, Any]) -> nn.Module:
-        """Random weights."""
-        transformer: Any = self.transformer_class.from_config(dict(config))
-        return transformer
 
 
 def check_classes(transformer: nn.Module, what: str) -> None:

@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import attention_modules, index_attention_, plain_attention_
-from diffratio.backbones.base import OneStream, register
+from diffratio.backbones.base import Patched, register
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
@@ -19,7 +19,7 @@ _FREQUENCIES = 256  # sinusoidal channels that enter each timestep embedder
 
 
 @register
-class DiT(OneStream):
+class DiT(Patched):
     """One stream of image tokens; every block has its own timestep and label embedder."""
 
     name = "dit"

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from torch import Tensor, nn
+from torch import nn
 
 from diffratio.backbones.attention import IndexedAttention, TextAttention, index_attention_, plain_attention_
-from diffratio.backbones.base import OneStream, register
+from diffratio.backbones.base import Patched, register
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
-from diffratio.tokens.grid import TokenGrid
 
 _FREQUENCIES = 256  # sinusoidal channels that enter each embedder
 _TEXT_TOKENS = {"alpha": 120, "sigma": 300}  # what their pipelines pad every prompt to
@@ -21,7 +20,7 @@ _SIGMA_SIZE = 128  # from this latent size on, alpha has micro-conditions and Si
 
 
 @register
-class PixArt(OneStream):
+class PixArt(Patched):
     """One stream of image tokens that reads the text by cross-attention; one modulation for all blocks."""
 
     name = "pixart"
@@ -41,19 +40,6 @@ class PixArt(OneStream):
     refused = {"attention_mask": "it masks image tokens by position; a text mask is encoder_attention_mask"}
     guidance_order = "uncond_first"
     attention = "cross_attention_kwargs"
-
-    def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
-        """Any height and width; raises DiffratioError where they are not whole patches."""
-        config: Any = transformer.config
-        patch = config.patch_size
-        height, width = (config.sample_size,) * 2 if sample is None else sample.shape[-2:]
-        if height % patch or width % patch:
-            raise DiffratioError(
-                f"a {height}x{width} sample does not fit this PixArt: it takes whole {patch}x{patch} patches; "
-                "choose a height and width of the picture that are multiples of "
-                f"{patch} times the VAE's scale factor"
-            )
-        return TokenGrid(height // patch, width // patch)
 
     def text_tokens(self, transformer: nn.Module) -> int:
         """What was set; else 300 where it can only be Sigma's, otherwise alpha's 120: smaller ones look the same."""

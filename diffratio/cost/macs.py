@@ -25,14 +25,15 @@ def tokens_of_bin(bin_: int, tokens: int, alignment: int = 1) -> int:
 
 @dataclass(frozen=True)
 class SiteCost:
-    """MACs of one site: q per_query + k per_key + q k per_pair, for q queries and k keys.
+    """MACs of one site: q per_query + k per_key + T per_text + q k per_pair, for q queries, k keys and T text tokens.
 
     Args:
         name: `self_attention`, `cross_attention`, `feed_forward`.
         per_query: MACs a query token.
         per_key: MACs a key token (0 for feed_forward).
         per_pair: MACs a query-key pair.
-        keys: whose tokens the keys are; `joint` sites have the text tokens as queries and as keys too.
+        keys: whose tokens the keys are; at `joint` sites text tokens are queries and keys too: (q + T) (k + T) pairs.
+        per_text: MACs a text token that the site computes beside the image tokens, whatever of these are reduced.
     """
 
     name: str
@@ -40,15 +41,15 @@ class SiteCost:
     per_key: int = 0
     per_pair: int = 0
     keys: Literal["image", "text", "joint"] = "image"
+    per_text: int = 0
 
     def macs(self, queries: int, keys: int, text: int, linear_only: bool = False) -> int:
         """MACs at the given numbers of image queries and image keys."""
         if self.keys == "text":
             keys = text
-        elif self.keys == "joint":
-            queries, keys = queries + text, keys + text
-        pair = 0 if linear_only else self.per_pair
-        return queries * self.per_query + keys * self.per_key + queries * keys * pair
+        joint = text if self.keys == "joint" else 0
+        pairs = 0 if linear_only else (queries + joint) * (keys + joint)
+        return queries * self.per_query + keys * self.per_key + text * self.per_text + pairs * self.per_pair
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from diffratio.cost.run import StepContext
 from diffratio.evaluation.pictures import draw_masks, slug
 from diffratio.files import atomic_file
 from diffratio.methods.base import BlockCall
+from diffratio.methods.streams import Result
 from diffratio.sampling.generate import generate
 from diffratio.sampling.schedulers import is_flow
 from diffratio.tokens.grid import TokenGrid
@@ -140,7 +141,7 @@ class _TracedCall(BlockCall):
     record: Any = None
     samples: Any = None
 
-    def __call__(self, plan: Plan | None = None, **attention: Tensor) -> Tensor:
+    def __call__(self, plan: Plan | None = None, **attention: Tensor) -> Result:
         tokens = torch.arange(self.x.shape[1], device=self.x.device)[None]
         self.record.index = tokens if plan is None else plan.take(tokens)
         self.record.site_plans.clear()
@@ -188,10 +189,10 @@ class _Recorder:
 
         return step
 
-    def wrap_block(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrap_block(self, inner: Callable[..., Result]) -> Callable[..., Result]:
         """Runs a method's own `run_block` on a call that reports."""
 
-        def run_block(layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+        def run_block(layer: int, call: BlockCall, ctx: StepContext) -> Result:
             rows = call.x.shape[0]
             if layer == 0:
                 self.rows += rows

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from diffratio.catalog import METHODS as _METHODS
@@ -15,6 +16,7 @@ from diffratio.cost.macs import BlockUse, Cost, CostTable, Description, run_cost
 from diffratio.cost.run import SamplingRun, StepContext
 from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
 from diffratio.methods.actions import Reuse, Skip, StepAction
+from diffratio.methods.streams import Joint, Result, image_of, with_image
 from diffratio.routing.schedule import SLACK, KeepSchedule
 from diffratio.tokens.plan import Plan
 
@@ -52,14 +54,16 @@ class BlockCall:
         per_sample: names of arguments with one entry a sample.
         attention: name of the argument, a dictionary, whose entries reach the family's own attention processor; None
             where the processors are not ours.
+        streams: names of the arguments that the block returns, in its order: `hidden` alone, or beside the text.
     """
 
-    inner: Callable[..., Tensor]
+    inner: Callable[..., Any]
     arguments: dict[str, Any]
     hidden: str
     per_token: tuple[str, ...]
     per_sample: tuple[str, ...]
     attention: str | None = None
+    streams: tuple[str, ...] = ("hidden_states",)
 
     @property
     def x(self) -> Tensor:
@@ -68,8 +72,51 @@ class BlockCall:
         assert isinstance(x, Tensor)
         return x
 
-    def __call__(self, plan: Plan | None = None, **attention: Tensor) -> Tensor:
-        """Runs the block on the plan's tokens -> (B, K, C); without a plan on all of them.
+    @property
+    def text_name(self) -> str | None:
+        """Name of the argument that is a stream of text beside the image tokens; None where the family has none."""
+        return next((name for name in self.streams if name != self.hidden), None)
+
+    @property
+    def entering(self) -> Result:
+        """What a bypassed block gives: all streams as they came."""
+        return self.x if self.text_name is None else Joint(self.x, self.arguments[self.text_name])
+
+    def on(self, plan: Plan) -> Result:
+        """Runs the block on the plan's tokens and restores the image tokens to full length (B, N, C)."""
+        result = self(plan)
+        return with_image(result, plan.restore(image_of(result), self.x))
+
+    def nested(self, nested: Tensor) -> tuple[Result, Result]:
+        """Runs the block on two nested sets of tokens in one call, with all of the text in each.
+
+        Args:
+            nested: the image tokens are K and after them L of the same again; places of these among the K, (B, L).
+
+        Returns:
+            Results of the K tokens, and of the L.
+        """
+        sizes, call, name = [self.x.shape[1] - nested.shape[1], nested.shape[1]], self, self.text_name
+        if name is not None:
+            text = self.arguments[name]
+            call = dataclasses.replace(self, arguments={**self.arguments, name: torch.cat([text, text], dim=1)})
+        result = call(nested=nested)
+        upper, lower = image_of(result).split(sizes, dim=1)
+        if not isinstance(result, Joint):
+            return upper, lower
+        texts = (None, None) if result.text is None else result.text.chunk(2, dim=1)
+        return Joint(upper, texts[0]), Joint(lower, texts[1])
+
+    def _returned(self, output: Any) -> Result:
+        """What the block's own forward returns, by stream."""
+        if self.text_name is None:
+            assert isinstance(output, Tensor)
+            return output
+        by_name = dict(zip(self.streams, output, strict=True))
+        return Joint(by_name[self.hidden], by_name[self.text_name])
+
+    def __call__(self, plan: Plan | None = None, **attention: Tensor) -> Result:
+        """Runs the block on the plan's tokens -> (B, K, C) and all of the text; without a plan on all tokens.
 
         Args:
             plan: which tokens.
@@ -81,11 +128,11 @@ class BlockCall:
         """
         arguments = self.arguments if plan is None else self.reduced(plan.reduce(self.x), plan).arguments
         if not attention:
-            return self.inner(**arguments)
+            return self._returned(self.inner(**arguments))
         if self.attention is None:
             raise DiffratioError(f"this transformer's attention processors are not ours: no {', '.join(attention)}")
         given = {**(arguments.get(self.attention) or {}), **attention}
-        return self.inner(**{**arguments, self.attention: given})
+        return self._returned(self.inner(**{**arguments, self.attention: given}))
 
     def reduced(self, x: Tensor, plan: Plan) -> BlockCall:
         """The same block on a plan's tokens, of which x (B, K, C) is the content."""
@@ -192,10 +239,10 @@ class Method:
         """
         return None
 
-    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
-        """Runs one block; the default is plan, reduce, block, restore."""
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Result:
+        """Runs one block; the default is plan, reduce, block, restore. A bypass returns `call.entering`."""
         plan = self.plan(layer, "block", call.x, ctx)
-        return call() if plan is None else plan.restore(call(plan), call.x)
+        return call() if plan is None else call.on(plan)
 
     def end_step(self, output: Tensor, ctx: StepContext) -> None:
         """Called with the prediction of every forward that was computed (not with a reused one)."""

@@ -13,6 +13,7 @@ from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
 from diffratio.methods.base import BlockCall, check_budget, register
 from diffratio.methods.estimators import Pair, exact, in_groups, one_sample, soft
 from diffratio.methods.routed import RoutedConfig, RoutedMethod
+from diffratio.methods.streams import Result, joined
 from diffratio.routing.ratios import Bracket, KeepRatios, bracket
 from diffratio.routing.router import ranking
 from diffratio.routing.schedule import KeepSchedule, Table, constant_table, round_to_budget
@@ -103,7 +104,7 @@ class DiffCRMethod(RoutedMethod):
             assert self.ratios is not None
             self.brackets = [[bracket(ratio) for ratio in row] for row in self.ratios.table()]
 
-    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Result:
         """Interpolated while the ratios are learned, by the table otherwise."""
         if not self.interpolating or self.ratios is None:
             return super().run_block(layer, call, ctx)
@@ -119,9 +120,9 @@ class DiffCRMethod(RoutedMethod):
             return in_groups(call, logits, pairs, weights, exact, twice=True)
         samples = torch.arange(batch, device=weights.device).split(1)
         parts = zip(samples, logits.split(1), pairs, weights.split(1), strict=True)
-        return torch.cat([self._alone(layer, call.select(one), *rest) for one, *rest in parts])
+        return joined([self._alone(layer, call.select(one), *rest) for one, *rest in parts])
 
-    def _alone(self, layer: int, call: BlockCall, logits: Tensor, pair: Pair, weight: Tensor) -> Tensor:
+    def _alone(self, layer: int, call: BlockCall, logits: Tensor, pair: Pair, weight: Tensor) -> Result:
         """A batch of one, a bin at a time."""
         ranked = ranking(logits)
         return one_sample(pair, weight, lambda kept: self.run_best(layer, call, logits, ranked, kept))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffratio.methods.base import BlockCall
-from diffratio.routing.router import learns, ranking, straight_through
+from diffratio.methods.streams import Joint, Result, gated, image_of, joined_text, mixed, with_image
+from diffratio.routing.router import learns, ranking
 from diffratio.tokens.plan import KeepPlan, token_rows
 
 _FLOOR = 1e-30  # of the weight inside the logarithm: float32 still holds its reciprocal, and nothing attends to it
@@ -53,12 +54,12 @@ class Part:
     nested: Tensor | None = None
 
 
-Estimate = Callable[[Part], Tensor]  # -> result of the upper tokens (b, high, C)
+Estimate = Callable[[Part], Result]  # -> result of the upper tokens (b, high, C), and of all of the text
 
 
 def in_groups(
     call: BlockCall, logits: Tensor, pairs: Sequence[Pair], weights: Tensor, estimate: Estimate, twice: bool
-) -> Tensor:
+) -> Result:
     """Runs samples with the same two bins together; whole rows are gathered and put back once for the whole batch.
 
     Args:
@@ -90,9 +91,13 @@ def in_groups(
     for (plan, part), piece in zip(parts, pieces, strict=True):
         tokens = piece.unflatten(0, plan.index.shape)
         results.append(estimate(replace(part, call=part.call.reduced(tokens, plan))))
-    dtype = max((result.dtype for result in results), key=lambda one: one.itemsize)  # autocast may differ by group
-    filled = torch.cat([result.flatten(0, 1).to(dtype) for result in results])
-    return flat.to(dtype).index_copy(0, torch.cat(upper_rows), filled).view(x.shape)
+    images = [image_of(result) for result in results]
+    dtype = max((image.dtype for image in images), key=lambda one: one.itemsize)  # autocast may differ by group
+    filled = torch.cat([image.flatten(0, 1).to(dtype) for image in images])
+    image = flat.to(dtype).index_copy(0, torch.cat(upper_rows), filled).view(x.shape)
+    if call.text_name is None:
+        return image
+    return Joint(image, joined_text(results, [sample for members in groups.values() for sample in members]))
 
 
 def _part(
@@ -114,11 +119,12 @@ def _part(
     return KeepPlan(torch.cat([upper, upper.gather(1, nested)], dim=1)), replace(part, nested=nested)
 
 
-def exact(part: Part) -> Tensor:
+def exact(part: Part) -> Result:
     """(1 - w) Block(x; low) + w Block(x; high) on the upper tokens, equal to one sample and one bin at a time.
 
     Where the attention processors are ours, both passes are one call that projects queries, keys and values of the
-    shared tokens once, a quarter of a pass; elsewhere they are two calls.
+    shared tokens once, a quarter of a pass; elsewhere they are two calls. Text tokens pass with either set, and the
+    two results are mixed with the same w; text has no gate.
     """
     call, pair, weight, nested = part.call, part.pair, part.weight, part.nested
     if nested is None:
@@ -127,25 +133,26 @@ def exact(part: Part) -> Tensor:
     else:
         x, again = call.x.split([pair.high, pair.low], dim=1)
         if call.attention is not None:
-            upper, lower = call(nested=nested).split([pair.high, pair.low], dim=1)
+            upper, lower = call.nested(nested)
         else:
             both = torch.arange(call.x.shape[1], device=x.device)[None]
             upper = call.reduced(x, KeepPlan(both[:, : pair.high]))()
             lower = call.reduced(again, KeepPlan(both[:, pair.high :]))()
-        lower = KeepPlan(nested).restore(lower, x)  # a boundary token is untouched by the lower pass
-    dtype = torch.promote_types(lower.dtype, upper.dtype)
+        # a boundary token is untouched by the lower pass
+        lower = with_image(lower, KeepPlan(nested).restore(image_of(lower), x))
     # with equally many tokens this changes nothing, but the ratios stay in the graph, as DDP needs
-    mixed = upper if pair.value_only else torch.lerp(lower.to(dtype), upper.to(dtype), weight[:, None, None].to(dtype))
+    mixture = upper if pair.value_only else mixed(lower, upper, weight)
     # both passes have the same gate, so it may stand around their mixture
-    return straight_through(x, mixed, part.logits) if learns(part.logits) else mixed
+    return gated(x, mixture, part.logits) if learns(part.logits) else mixture
 
 
-def soft(part: Part) -> Tensor:
+def soft(part: Part) -> Result:
     """One pass on the upper tokens, of which those beyond the lower bin count w.
 
     Their update is scaled by w and their logits as attention keys are raised by log w, so that w = 0 is the lower bin
     and w = 1 the upper one; the ratio's gradient comes from both. In between it is an approximation: where attention is
     peaked its ratio gradient is 0.45 to 0.8 of the exact one, on the shipped 64-token model 0.9 to 1.0, with its sign.
+    The text of a joint attention passes once, whole: it meets the weight in the image keys, so it is exact on bins.
     """
     call, x = part.call, part.call.x
     weight = part.weight[:, None].to(torch.promote_types(part.weight.dtype, torch.float32))  # bf16 has no 1 - 1e-3
@@ -161,10 +168,11 @@ def soft(part: Part) -> Tensor:
     if learns(part.logits):
         gate = torch.sigmoid(part.logits)
         scale = scale * (1 + (gate - gate.detach()))
-    return torch.lerp(x.to(y.dtype), y, scale[..., None].to(y.dtype))
+    image = image_of(y)
+    return with_image(y, torch.lerp(x.to(image.dtype), image, scale[..., None].to(image.dtype)))
 
 
-def one_sample(pair: Pair, weight: Tensor, run: Callable[[int], Tensor]) -> Tensor:
+def one_sample(pair: Pair, weight: Tensor, run: Callable[[int], Result]) -> Result:
     """The exact estimate of a batch of one, a bin at a time: too simple to be wrong.
 
     Args:
@@ -179,5 +187,4 @@ def one_sample(pair: Pair, weight: Tensor, run: Callable[[int], Tensor]) -> Tens
     if pair.value_only:
         return upper
     lower = upper if pair.low == pair.high else run(pair.low)
-    dtype = torch.promote_types(lower.dtype, upper.dtype)
-    return torch.lerp(lower.to(dtype), upper.to(dtype), weight[:, None, None].to(dtype))
+    return mixed(lower, upper, weight)

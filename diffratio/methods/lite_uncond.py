@@ -14,6 +14,7 @@ from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.methods.base import BlockCall, Method, check_budget, check_guidance, register
 from diffratio.methods.mod import spread
 from diffratio.methods.routed import RoutedConfig
+from diffratio.methods.streams import Result, joined
 from diffratio.routing.schedule import SLACK, KeepSchedule, Table
 from diffratio.tokens.matching import seeded_uniform
 from diffratio.tokens.plan import KeepPlan
@@ -96,7 +97,7 @@ class LiteUncondMethod(Method):
         """Tokens of the unconditional half that a block computes."""
         return tokens_of_bin(self.bins[layer][region], tokens, self.alignment)
 
-    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Result:
         """The conditional half in full, the unconditional one on its plan."""
         plan = None if ctx.halves in ("one", "cond") else self.plan(layer, "block", call.x, ctx)
         if plan is None:
@@ -105,11 +106,11 @@ class LiteUncondMethod(Method):
             return self._reduced(call, plan)
         first, second = torch.arange(call.x.shape[0], device=call.x.device).chunk(2)
         if ctx.halves == "cond_first":
-            return torch.cat([call.select(first)(), self._reduced(call.select(second), plan)])
-        return torch.cat([self._reduced(call.select(first), plan), call.select(second)()])
+            return joined([call.select(first)(), self._reduced(call.select(second), plan)])
+        return joined([self._reduced(call.select(first), plan), call.select(second)()])
 
-    def _reduced(self, call: BlockCall, plan: KeepPlan) -> Tensor:
-        return call.x if plan.kept == 0 else plan.restore(call(plan), call.x)
+    def _reduced(self, call: BlockCall, plan: KeepPlan) -> Result:
+        return call.entering if plan.kept == 0 else call.on(plan)
 
     def use(self, layer: int, step: int, run: SamplingRun) -> BlockUse:
         """Everything in the conditional half, k tokens in the other."""

@@ -13,7 +13,8 @@ from diffratio.cost.macs import BlockUse, Description, tokens_of_bin
 from diffratio.cost.run import SamplingRun, StepContext, region_of, regions_of
 from diffratio.errors import DiffratioError
 from diffratio.methods.base import BlockCall, Method, MethodConfig
-from diffratio.routing.router import TokenRouter, best, learns, ranking, straight_through
+from diffratio.methods.streams import Joint, Result, gated, image_of, joined, text_of, with_image
+from diffratio.routing.router import TokenRouter, best, learns, ranking
 from diffratio.routing.schedule import KeepSchedule, Table
 from diffratio.tokens.plan import KeepPlan
 
@@ -112,7 +113,7 @@ class RoutedMethod(Method):
         assert isinstance(logits, Tensor)
         return logits
 
-    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Result:
         """Samples with the same bin run together: no padding, no mask."""
         row = self.bins[layer]
         if self.regions.shared is not None:
@@ -121,42 +122,46 @@ class RoutedMethod(Method):
         members = {bin_: [sample for sample, own in enumerate(bins) if own == bin_] for bin_ in set(bins)}
         return grouped(call, bins, lambda part, bin_: self.run_bin(layer, part, bin_, members[bin_]))
 
-    def run_bin(self, layer: int, call: BlockCall, bin_: int, samples: Sequence[int] | None = None) -> Tensor:
+    def run_bin(self, layer: int, call: BlockCall, bin_: int, samples: Sequence[int] | None = None) -> Result:
         """One bin for the whole batch, which are the given samples of the forward's batch (None: all)."""
         x = call.x
         kept = self.keep(bin_, x.shape[1])
         if kept == 0:
-            return self._bypassed(layer, call) if self.training and torch.is_grad_enabled() else x
+            return self._bypassed(layer, call) if self.training and torch.is_grad_enabled() else call.entering
         learning = bool(self.routers) and torch.is_grad_enabled() and self.routers[layer].weight.requires_grad
         if kept == x.shape[1]:
             y = call()
-            return straight_through(x, y, self.routers[layer](x)) if learning else y
+            return gated(x, y, self.routers[layer](x)) if learning else y
         scores = self.scores(layer, x, samples)
         return self.run_best(layer, call, scores, ranking(scores), kept)
 
-    def _bypassed(self, layer: int, call: BlockCall) -> Tensor:
+    def _bypassed(self, layer: int, call: BlockCall) -> Result:
         """The input, with the block's parameters in the training graph by a neutral term: DDP refuses absent ones."""
         x = call.x
         first = KeepPlan(torch.zeros(1, 1, dtype=torch.long, device=x.device))
-        neutral = 0 * call(first)[:, :, :1]  # (B, 1, 1): one token is run, whatever it gives counts nothing
+        result, entering = call(first), call.entering
+        neutral = 0 * image_of(result)[:, :, :1]  # (B, 1, 1): one token is run, whatever it gives counts nothing
         if self.routers:
             neutral = neutral + 0 * self.routers[layer](x)[:, :1, None]
-        return x + neutral.to(x.dtype)
+        image, text, before = x + neutral.to(x.dtype), text_of(result), text_of(entering)
+        if text is None or before is None:
+            return with_image(entering, image)
+        return Joint(image, before + 0 * text.to(before.dtype))
 
-    def run_best(self, layer: int, call: BlockCall, logits: Tensor, ranked: Tensor, kept: int) -> Tensor:
+    def run_best(self, layer: int, call: BlockCall, logits: Tensor, ranked: Tensor, kept: int) -> Result:
         """The block on the k best tokens, gated, on top of the untouched rest."""
         x = call.x
         learning = learns(logits)
         if kept == x.shape[1]:
             y = call()
-            return straight_through(x, y, logits) if learning else y
+            return gated(x, y, logits) if learning else y
         plan = KeepPlan(best(ranked, kept))
         if self.kept_index is not None:
             self.kept_index[layer] = plan.index
         y = call(plan)
         if learning:
-            y = straight_through(plan.reduce(x), y, logits.gather(1, plan.index))
-        return plan.restore(y, x)
+            y = gated(plan.reduce(x), y, logits.gather(1, plan.index))
+        return with_image(y, plan.restore(image_of(y), x))
 
     def use(self, layer: int, step: int, run: SamplingRun) -> BlockUse:
         """k tokens everywhere in the block, and the router where it has something to drop."""
@@ -178,7 +183,7 @@ class RoutedMethod(Method):
 Key = TypeVar("Key", bound=Hashable)
 
 
-def grouped(call: BlockCall, keys: Sequence[Key], run: Callable[[BlockCall, Key], Tensor]) -> Tensor:
+def grouped(call: BlockCall, keys: Sequence[Key], run: Callable[[BlockCall, Key], Result]) -> Result:
     """Runs samples with equal keys together and puts the results back in order.
 
     Args:
@@ -193,6 +198,4 @@ def grouped(call: BlockCall, keys: Sequence[Key], run: Callable[[BlockCall, Key]
         return run(call, keys[0])
     device = call.x.device
     results = [run(call.select(torch.tensor(members, device=device)), key) for key, members in order.items()]
-    back = torch.tensor([s for members in order.values() for s in members], device=device).argsort()
-    dtype = max((result.dtype for result in results), key=lambda d: d.itemsize)
-    return torch.cat([result.to(dtype) for result in results]).index_select(0, back)
+    return joined(results, [sample for members in order.values() for sample in members])

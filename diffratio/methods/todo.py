@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from diffratio.cost.macs import BlockUse, Description
 from diffratio.cost.run import SamplingRun, StepContext
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.methods.base import Method, MethodConfig, check_budget, register
+from diffratio.methods.merging import from_middle
 from diffratio.routing.schedule import SLACK
 from diffratio.tokens.grid import TokenGrid
 from diffratio.tokens.matching import strided_tokens
@@ -98,7 +100,7 @@ class ToDoMethod(Method):
         budget, layers = check_budget(budget), description.layers
         if budget == 1:
             return ToDo()
-        from_middle = sorted(range(layers), key=lambda i: (abs(i - (layers - 1) / 2), i))
+        order = from_middle(layers)
 
         def fraction(config: ToDo) -> float:
             return cls(config, description).macs(run).fraction
@@ -106,17 +108,23 @@ class ToDoMethod(Method):
         def config(counts: tuple[int, ...]) -> ToDo:
             """`counts` blocks of factor 4, 3 and 2, from the middle outwards."""
             flat = [4] * counts[0] + [3] * counts[1] + [2] * counts[2]
-            factors = dict(zip(from_middle, flat, strict=False))
+            factors = dict(zip(order, flat, strict=False))
             row = tuple(factors.get(layer, 1) for layer in range(layers))
             return ToDo(row[0] if len(set(row)) == 1 else row)
 
         lowest = fraction(ToDo(HIGHEST))
-        # blocks of a DiT cost alike, so a factor saves the same in each of them; what is chosen is priced exactly below
-        saved = {factor: (1 - fraction(ToDo(factor))) / layers for factor in (4, 3, 2)}
+        # what a factor saves in the first blocks of the order; blocks add up, what is chosen is priced exactly below
+        saved = {factor: [0.0] for factor in (4, 3, 2)}
+        for factor, sums in saved.items():
+            for layer in order:
+                alone = tuple(factor if one == layer else 1 for one in range(layers))
+                sums.append(sums[-1] + 1 - fraction(ToDo(alone)))
         for most in range(2, HIGHEST + 1):
             fitting = []
             for counts in _counts(layers, most):
-                predicted = 1 - sum(n * saved[f] for n, f in zip(counts, (4, 3, 2), strict=True))
+                ends = (0, *itertools.accumulate(counts))
+                parts = zip((4, 3, 2), ends, ends[1:], strict=False)
+                predicted = 1 - sum(saved[factor][end] - saved[factor][start] for factor, start, end in parts)
                 if budget - SLACK <= predicted <= budget + 1e-9:
                     fitting.append((predicted, counts))
             for _, counts in sorted(fitting, reverse=True):

@@ -15,6 +15,7 @@ from diffratio.cost.macs import Description
 from diffratio.cost.run import StepContext
 from diffratio.methods.base import BlockCall, Method
 from diffratio.methods.fixed import FixedConfig, FixedMethod
+from diffratio.methods.streams import Result
 from diffratio.surgery import apply_, attachment, remove_
 
 
@@ -72,7 +73,7 @@ class _ProbeMethod(FixedMethod):
         super().__init__(config, description)
         self.stored: list[Tensor] = []
 
-    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Tensor:
+    def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Result:
         """Stores inputs in a trace; in a resumed forward the blocks before the changed one cost nothing."""
         if self.start is None:
             self.stored.append(call.x)

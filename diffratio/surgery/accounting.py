@@ -124,7 +124,8 @@ def summary(transformer: nn.Module, steps: int = 20, guidance: bool = True, run:
     for layer, block in enumerate(state.token_method.description.blocks):
         evaluated = [step for step in range(run.steps) if not isinstance(actions[step], Reuse)]
         uses = [combined_use(state.methods, layer, step, run, actions[step]) for step in evaluated]
-        lines.append(f"  block {layer:2d}: " + ", ".join(_site(site.name, uses, grid.tokens) for site in block.sites))
+        names = dict.fromkeys(site.name for site in block.sites)
+        lines.append(f"  block {layer:2d}: " + ", ".join(_site(name, uses, grid.tokens) for name in names))
     return "\n".join(lines)
 
 

@@ -70,7 +70,8 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
     reference = next(transformer.parameters())
     for layer, block in enumerate(backbone.blocks(transformer)):
         for site in sites:
-            swap(block.get_submodule(backbone.sites[site]), SiteMixin, state, layer=layer, site=site)
+            for module in backbone.site_modules(block, site):
+                swap(module, SiteMixin, state, layer=layer, site=site)
         swap(block, BlockMixin, state, layer=layer)
     for method in methods:
         for layer, module in enumerate(method.block_modules() or []):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from diffratio.errors import DiffratioError
 from diffratio.methods.actions import Reuse, Skip
 from diffratio.methods.base import BlockCall
+from diffratio.methods.streams import Joint, Result, image_of, text_of
 from diffratio.surgery.memory import Streams, conditional
 from diffratio.surgery.state import BATCHED, Attachment
 from diffratio.surgery.swap import Converted, base_of, bound
@@ -26,7 +28,7 @@ class TransformerMixin(Converted):
         state: Attachment = self._diffratio
         arguments = bound(base_of(type(self)).forward, args, kwargs)
         for name, why in state.backbone.refused.items():
-            if arguments.get(name) is not None:
+            if _given(arguments, name) is not None:
                 raise DiffratioError(f"{name} does not go with a method on backbone {state.backbone.name}: {why}")
         context = state.begin(self, arguments)  # type: ignore[arg-type]
         held = state.halves or context.halves  # by the batch as it came
@@ -58,6 +60,13 @@ class TransformerMixin(Converted):
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
+def _given(arguments: Any, name: str) -> Any:
+    """An argument by name, or an entry of a dictionary among them, `argument.entry`."""
+    outer, _, entry = name.partition(".")
+    value = arguments.get(outer)
+    return value.get(entry) if entry and value is not None else value
+
+
 def _wrapped(prediction: Tensor, arguments: dict[str, Any]) -> Any:
     """A prediction in the form that was asked for."""
     if not arguments.get("return_dict", True):
@@ -87,13 +96,27 @@ class BlockMixin(Converted):
             return _joined(state.memory.skip(state.action, entering, context.halves))
         inner = super().forward if state.compile_options is None else _compiled(base, self, state)  # type: ignore[misc]
         attention = backbone.attention if state.owns_attention else None
-        call = BlockCall(inner, arguments, backbone.hidden, backbone.per_token, backbone.per_sample, attention)
+        call = BlockCall(
+            inner, arguments, backbone.hidden, backbone.per_token, backbone.per_sample, attention, backbone.streams
+        )
         if not state.memory.ranges or state.action is not None or context.run is None:
-            return state.token_method.run_block(layer, call, context)
+            return _joined(_leaving(state.token_method.run_block(layer, call, context), state))
         state.memory.enter(layer, entering)
-        output = state.token_method.run_block(layer, call, context)
-        state.memory.leave(layer, output if isinstance(output, tuple) else (output,), context.halves)
-        return output
+        leaving = _leaving(state.token_method.run_block(layer, call, context), state)
+        state.memory.leave(layer, leaving, context.halves)
+        return _joined(leaving)
+
+
+def _leaving(result: Result, state: Attachment) -> Streams:
+    """A method's result by stream, in the block's own order."""
+    streams, hidden = state.backbone.streams, state.backbone.hidden
+    if isinstance(result, Joint) != (len(streams) > 1):
+        raise DiffratioError(
+            f"method {state.token_method.name} gives {'two streams' if isinstance(result, Joint) else 'image tokens'} "
+            f"of a block, and those of backbone {state.backbone.name} return {' and '.join(streams)}: "
+            "run_block must return what the call gave, or call.entering"
+        )
+    return tuple(image_of(result) if name == hidden else text_of(result) for name in streams)
 
 
 def _joined(streams: Streams) -> Any:
@@ -101,16 +124,26 @@ def _joined(streams: Streams) -> Any:
     return streams[0] if len(streams) == 1 else streams
 
 
-_COMPILED: dict[tuple[type, str], Any] = {}
+_COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
 def _compiled(base: Any, block: Any, state: Attachment) -> Any:
     options = state.compile_options
     assert options is not None
-    key = (base, repr(sorted(options.items())))  # torch.compile takes options that cannot be hashed
+    # blocks of one class that hold other modules (SD3.5's second attention) have a limit of recompilations each
+    holds = tuple((name, type(child)) for name, child in block.named_children())
+    key = (base, holds, repr(sorted(options.items())))  # torch.compile takes options that cannot be hashed
     if key not in _COMPILED:
-        _COMPILED[key] = torch.compile(base.forward, **options)
+        _COMPILED[key] = torch.compile(_twin(base.forward), **options)
     return functools.partial(_COMPILED[key], block)
+
+
+def _twin(function: Any) -> Any:
+    """The same function with a code object of its own, by which torch counts recompilations."""
+    code, name = function.__code__.replace(), function.__name__
+    twin = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
 
 
 class SiteMixin(Converted):
@@ -119,14 +152,18 @@ class SiteMixin(Converted):
     _diffratio_layer: int
     _diffratio_site: str
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the base class's."""
-        inner, context = super().forward, self._diffratio.context  # type: ignore[misc]
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's. Joint attention returns image and text tokens; a plan is about the image tokens."""
+        inner, context, x = super().forward, self._diffratio.context, hidden_states  # type: ignore[misc]
         plan = None
         if context is not None:
             plan = self._diffratio.token_method.plan(self._diffratio_layer, self._diffratio_site, x, context)
         if plan is None:
             return inner(x, *args, **kwargs)
         if isinstance(plan, AttentionPlan):  # the attention processor gathers: queries and keys differ
-            return plan.restore(inner(x, *args, **kwargs, **plan.arguments()), x)
-        return plan.restore(inner(plan.reduce(x), *args, **kwargs), x)
+            output = inner(x, *args, **kwargs, **plan.arguments())
+        else:
+            output = inner(plan.reduce(x), *args, **kwargs)
+        if isinstance(output, tuple):
+            return plan.restore(output[0], x), *output[1:]
+        return plan.restore(output, x)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract_table import (
-    BACKBONES,
+    ALL_ROWS,
     CASES,
     GRID,
     IDS,
@@ -115,7 +115,7 @@ KNOBS = [name for name in methods() if name not in ("dense", "diffcr", "measured
 MEDIUM = {"num_layers": 8, "sample_size": 16, "num_attention_heads": 4, "attention_head_dim": 16}
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=ALL_ROWS)
 def medium(request: pytest.FixtureRequest) -> torch.nn.Module:
     """Eight layers, 8x8 tokens, width 64."""
     return get_backbone(request.param).tiny(**MEDIUM)
