@@ -146,8 +146,15 @@ class Backbone(ABC):
         return int(transformer.config.get(TEXT_TOKENS, 0))  # type: ignore[union-attr, operator]
 
     def text_width(self, transformer: nn.Module) -> int:
-        """Channels of a text token's state, of text-conditional families."""
-        raise NotImplementedError
+        """Channels of a text token's state, of families that read one text encoder.
+
+        Raises:
+            DiffratioError: the family reads none, or several.
+        """
+        raise DiffratioError(
+            f"backbone {self.name} does not read the states of one text encoder, and training, comparing and sampling "
+            "by captions take those alone; sample it with its own pipeline: diffratio.load_pipeline(folder)(prompts)"
+        )
 
     def set_text_tokens_(self, transformer: nn.Module, tokens: int) -> None:
         """Notes in the configuration how many text tokens a sample has; diffusers ignores and keeps the note."""

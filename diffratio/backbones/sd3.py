@@ -65,7 +65,7 @@ class SD3(Patched):
 
     def text_tokens(self, transformer: nn.Module) -> int:
         """77 of the CLIP encoders and 256 of T5, as the pipeline pads every prompt."""
-        return _TEXT_TOKENS
+        return super().text_tokens(transformer) or _TEXT_TOKENS
 
     def default_run(self, transformer: nn.Module, steps: int, guidance: Guidance = "cfg") -> SamplingRun:
         """The levels of the published pipelines: flow-matching Euler with shift 3."""
