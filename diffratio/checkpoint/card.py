@@ -15,7 +15,7 @@ from diffratio.files import read_json
 
 FORMAT, VERSION = "diffratio-card", 1
 KINDS = ("dense", "routed")
-OBJECTIVES = ("flow", "noise")
+OBJECTIVES = ("flow", "flow_sample", "noise")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Card:
         name: short name.
         kind: `dense` or `routed`.
         backbone: family of the transformer.
-        objective: what it predicts, `flow` or `noise`.
+        objective: what it predicts, `flow`, `flow_sample` or `noise`.
         sampler: how it is sampled by default.
         class_names: one name a class, in the order of the labels; empty where there are none.
         text: encoder of its captions, where the checkpoint holds none of its own; None without text.

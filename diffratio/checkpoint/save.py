@@ -209,11 +209,11 @@ def completed(
     scheduler: Any | None,
 ) -> tuple[Card, Any]:
     """The card with everything that the transformer and the scheduler say, and the scheduler."""
-    from diffratio.sampling.schedulers import is_flow, make_scheduler
+    from diffratio.sampling.schedulers import make_scheduler, objective_of
 
     facts = {"kind": "dense" if learned is None else "routed", "backbone": backbone.name}
     if scheduler is not None:
-        facts["objective"] = "flow" if is_flow(scheduler) else "noise"
+        facts["objective"] = objective_of(scheduler)
     if isinstance(card, Card):
         given = {field.name: getattr(card, field.name) for field in dataclasses.fields(card)}
     else:

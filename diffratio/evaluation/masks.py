@@ -228,6 +228,8 @@ class _Recorder:
 def _clean(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, step: int) -> Tensor:
     """The clean sample that a step's prediction points at; the sample itself where its meaning is not known."""
     prediction, kind = prediction[:, : sample.shape[1]], scheduler.config.get("prediction_type")
+    if kind == "sample":
+        return prediction
     if is_flow(scheduler):
         return sample - scheduler.sigmas[step].to(sample) * prediction
     if kind not in ("epsilon", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diffratio.errors import DiffratioError, unknown
 
-OBJECTIVES = ("flow", "noise")
+OBJECTIVES = ("flow", "flow_sample", "noise")
+_DEFAULT = {"flow": "flow_euler", "flow_sample": "dpm_solver", "noise": "ddim"}
 
 # What the objective decides; an option must not contradict it.
 _FIXED = ("prediction_type", "use_flow_sigmas")
@@ -43,7 +44,11 @@ SAMPLERS: Mapping[str, Sampler] = {
     # Its learned-variance path keeps the first three channels of the prediction, whatever their number.
     "dpm_solver": Sampler(
         "DPMSolverMultistepScheduler",
-        {"flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "noise": {}},
+        {
+            "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+            "flow_sample": {"use_flow_sigmas": True, "prediction_type": "sample"},
+            "noise": {},
+        },
         ("variance_type", "use_dynamic_shifting"),
     ),
 }
@@ -55,7 +60,7 @@ def make_scheduler(sampler: str, objective: str = "flow", **options: Any) -> Any
     Args:
         sampler: `flow_euler`, `ddpm`, `ddim` (deterministic: eta 0) or `dpm_solver` (second-order multistep).
         objective: what the model predicts. `flow`: e - x0 on x_t = (1 - t) x0 + t e, its timestep input is 1000 t;
-            `noise`: e under DiT's linear betas.
+            `flow_sample`: x0 there; `noise`: e under DiT's linear betas.
         **options: further settings of the scheduler. `shift` (> 0) moves flow steps toward noise where it is above 1;
             `clip_sample=True` clips predicted pictures to [-1, 1] (pixel models); `variance_type="learned_range"` uses
             a learned variance (ddpm).
@@ -84,7 +89,7 @@ def make_scheduler(sampler: str, objective: str = "flow", **options: Any) -> Any
         )
     kind = getattr(diffusers, entry.scheduler)
     allowed = set(inspect.signature(kind.__init__).parameters) - {"self", *_FIXED, *entry.withheld}
-    if sampler == "dpm_solver" and objective == "flow":
+    if sampler == "dpm_solver" and objective != "noise":
         allowed.add("shift")
     for name in options:
         if name not in allowed:
@@ -100,12 +105,23 @@ def make_scheduler(sampler: str, objective: str = "flow", **options: Any) -> Any
         raise DiffratioError(f"sampler {sampler!r} with {options}: {error}") from None
 
 
+def default_sampler(objective: str) -> str:
+    """The deterministic sampler that an objective's models are sampled with unless something else is asked for."""
+    return _DEFAULT[objective]
+
+
 def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler samples models that predict e - x0."""
+    """Whether a scheduler walks the straight path x_t = (1 - t) x0 + t e."""
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    return flow or scheduler.config.get("prediction_type") == "flow_prediction"
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def objective_of(scheduler: Any) -> str:
+    """What the models that a scheduler samples predict, as in `OBJECTIVES`."""
+    if not is_flow(scheduler):
+        return "noise"
+    return "flow_sample" if scheduler.config.get("prediction_type") == "sample" else "flow"
 
 
 def takes_variance(scheduler: Any) -> bool:

@@ -15,7 +15,7 @@ from diffratio.methods.measured import Measured
 from diffratio.objectives import Objective
 from diffratio.routing.schedule import KeepSchedule, Table
 from diffratio.sampling.generate import initial_noise
-from diffratio.sampling.schedulers import make_scheduler, model_timesteps, set_steps
+from diffratio.sampling.schedulers import default_sampler, make_scheduler, model_timesteps, set_steps
 from diffratio.sensitivity.gram import true_errors
 from diffratio.sensitivity.probe import Batch, probed
 from diffratio.surgery import apply_, remove_
@@ -104,7 +104,7 @@ class _Sampler:
         conditions: Conditions,
     ) -> None:
         self.transformer, self.scale, self.backbone = transformer, guidance_scale, backbone_of(transformer)
-        self.scheduler = make_scheduler("flow_euler" if objective.name == "flow" else "ddim", objective.name)
+        self.scheduler = make_scheduler(default_sampler(objective.name), objective.name)
         self.steps = steps
         set_steps(self.scheduler, steps)
         config = transformer.config

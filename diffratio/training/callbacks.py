@@ -157,7 +157,7 @@ class Pictures(Callback):
         from diffratio.methods.routed import RoutedMethod
         from diffratio.sampling.generate import generate, sample_grid
         from diffratio.sampling.pipeline import build_pipeline
-        from diffratio.sampling.schedulers import make_scheduler
+        from diffratio.sampling.schedulers import default_sampler, make_scheduler
         from diffratio.surgery import attach_
 
         self.last = trainer.global_step
@@ -169,7 +169,7 @@ class Pictures(Callback):
         try:
             config: Any = module.transformer.config
             if config.in_channels <= 3:
-                sampler = "flow_euler" if module.objective.name == "flow" else "ddim"
+                sampler = default_sampler(module.objective.name)
                 captions = module.conditions if isinstance(module.conditions, Captions) else None
                 pipe = build_pipeline(
                     module.transformer,

@@ -15,7 +15,7 @@ from diffratio.checkpoint import export, export_adapter
 from diffratio.conditions import Captions, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.objectives.validation import region_losses
-from diffratio.sampling.schedulers import make_scheduler
+from diffratio.sampling.schedulers import default_sampler, make_scheduler
 from diffratio.surgery import adapter_layers
 from diffratio.training.build import build_data, build_module
 from diffratio.training.latency import with_own_table
@@ -26,13 +26,12 @@ from diffratio.training.saving import read_resumable
 def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Conditions) -> dict[str, Any]:
     """The card of a run's checkpoint."""
     text = dataclasses.asdict(conditions.encoder) if isinstance(conditions, Captions) else None
-    flow = plain["objective"]["name"] == "flow"
     return {
         "name": plain["name"],
         "backbone": plain["backbone"]["name"],
         "objective": plain["objective"]["name"],
         "sampler": {
-            "name": "flow_euler" if flow else "ddim",
+            "name": default_sampler(plain["objective"]["name"]),
             "steps": plain["budget"]["steps"],
             "guidance_scale": 2.0 if plain["budget"]["guidance"] else 1.0,
         },
