@@ -51,6 +51,11 @@ class Objective(ABC):
     def losses(self, output: Tensor, noised: Noised) -> Tensor:
         """Loss of each sample (B,), in fp32."""
 
+    def distance(self, output: Tensor, taught: Tensor, noised: Noised) -> Tensor:
+        """How far an output lies from a teacher's, in the units of the loss, (B,) in fp32."""
+        channels = noised.clean.shape[1]
+        return _mean_square(self.prediction(output, channels), self.prediction(taught, channels))
+
     def timestep(self, timestep: Tensor) -> Tensor:
         """A backbone's timestep input (B,) in the form that this objective trains on."""
         return timestep
@@ -119,7 +124,14 @@ class FlowSample(FlowMatching):
 
     def losses(self, output: Tensor, noised: Noised) -> Tensor:
         """Mean square error of the velocity."""
-        return super().losses(output, noised) / noised.noise_levels.float().clamp_min(self.lowest).square()
+        return super().losses(output, noised) * self._weights(noised)
+
+    def distance(self, output: Tensor, taught: Tensor, noised: Noised) -> Tensor:
+        """Mean square distance of the velocities."""
+        return super().distance(output, taught, noised) * self._weights(noised)
+
+    def _weights(self, noised: Noised) -> Tensor:
+        return noised.noise_levels.float().clamp_min(self.lowest).square().reciprocal()
 
 
 class NoisePrediction(Objective):

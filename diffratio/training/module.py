@@ -154,8 +154,7 @@ class Training(LightningModule):
         if self._teacher:
             with torch.no_grad():
                 taught = self._forward(self._teacher[0].to(clean.device), noised.inputs, levels, batch["labels"])
-            student, taught = (self.objective.prediction(one, clean.shape[1]).float() for one in (output, taught))
-            distance = (student - taught).square().mean()
+            distance = self.objective.distance(output, taught, noised).mean()
             self.log("train/distill_loss", distance.detach())
             loss = loss + self.loss.distill * distance
         if self.keep_ratios is not None and not self.learning_ratios:

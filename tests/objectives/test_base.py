@@ -46,7 +46,25 @@ def test_losses_are_per_sample_means_in_fp32() -> None:
         noised = objective.noised(clean, noise, torch.full((6,), 0.5))
         losses = objective.losses((noised.target + 3).to(torch.bfloat16), noised)
         assert losses.dtype == torch.float32 and losses.shape == (6,)
-        torch.testing.assert_close(losses, torch.full((6,), 9.0), rtol=0.02, atol=0.0)
+        expected = 36.0 if name == "flow_sample" else 9.0  # over u^2
+        torch.testing.assert_close(losses, torch.full((6,), expected), rtol=0.02, atol=0.0)
+
+
+def test_flow_sample_predicts_the_clean_image_and_counts_the_velocity() -> None:
+    """A wrong image is a wrong velocity (x_u - x) / u; below u = 0.05 the division stops growing."""
+    clean, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    levels = torch.tensor([0.01, 0.2, 0.9])
+    objective, flow = get_objective("flow_sample"), FlowMatching()
+    noised = objective.noised(clean, noise, levels)
+    assert torch.equal(noised.inputs, flow.noised(clean, noise, levels).inputs) and torch.equal(noised.target, clean)
+    guess = clean + 0.1 * torch.randn_like(clean)
+    found = objective.losses(guess, noised)
+    u = levels[:, None, None, None]
+    velocities = flow.losses((noised.inputs - guess) / u, flow.noised(clean, noise, levels))
+    assert torch.allclose(found[1:], velocities[1:], rtol=1e-4)
+    assert found[0] == pytest.approx(float(velocities[0]) * (0.01 / 0.05) ** 2, rel=1e-3)
+    assert torch.allclose(objective.distance(guess, clean, noised), found)
+    assert objective.cumulative(0.3) == flow.cumulative(0.3)
 
 
 @pytest.mark.parametrize("t", [1, 2, 37, 500, 999])

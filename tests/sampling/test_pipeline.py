@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffratio.errors import DiffratioError
 from diffratio.sampling.generate import initial_noise, sample_generator
 from diffratio.sampling.pipeline import PixelDiTPipeline, build_pipeline
-from diffratio.sampling.schedulers import make_scheduler
+from diffratio.sampling.schedulers import make_scheduler, objective_of
 
 
 class Oracle(nn.Module):
@@ -46,6 +46,20 @@ def quiet(pipe: Any) -> Any:
 
 
 NOISE = initial_noise(0, range(3), (1, 8, 8))
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_a_known_clean_image_is_reached_whatever_the_steps(steps: int) -> None:
+    clean = torch.linspace(-0.9, 0.9, 64).reshape(1, 1, 8, 8).expand(3, -1, -1, -1)
+    scheduler = make_scheduler("dpm_solver", "flow_sample")
+    pipe = oracle_pipe(lambda x, t, y: clean, scheduler)
+    images = pipe([0, 1, 2], 1.0, steps, latents=NOISE, output_type="pt").images
+    torch.testing.assert_close(images * 2 - 1, clean, atol=2e-6, rtol=0)
+    first, last = pipe.transformer.calls[0], pipe.transformer.calls[-1]
+    assert first[1][0] == pytest.approx(1000, rel=2e-3) and objective_of(scheduler) == "flow_sample"
+    # between, the sample lies on the straight path
+    level = float(last[1][0]) / 1000
+    torch.testing.assert_close(last[0], (1 - level) * clean + level * NOISE, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])

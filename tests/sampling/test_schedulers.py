@@ -98,6 +98,7 @@ def test_who_takes_a_learned_variance() -> None:
     [
         (("dmp_solver",), {}, "did you mean dpm_solver"),
         (("ddim", "nose"), {}, "did you mean noise"),
+        (("flow_euler", "flow_sample"), {}, "choose one of dpm_solver"),
         (("ddpm", "flow"), {}, "choose one of flow_euler, dpm_solver"),
         (("ddim", "flow"), {}, "choose one of flow_euler, dpm_solver"),
         (("flow_euler", "noise"), {}, "choose one of ddpm, ddim, dpm_solver"),
