@@ -208,6 +208,7 @@ def sample(args: argparse.Namespace) -> Answer:
 
     from diffratio.checkpoint import SamplerSettings, load_pipeline, read_card, resolve
     from diffratio.sampling.generate import generate, sample_grid, save_npz
+    from diffratio.sampling.known import triples
 
     place = resolve(args.folder)
     has_card = isinstance(place, Path) and (place / "card.json").is_file()
@@ -217,6 +218,7 @@ def sample(args: argparse.Namespace) -> Answer:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(place, device=_device(device))
     _fits(pipe, args)
+    known = _known(pipe, args, read_card(place).inpaint if has_card else None, n)
     chosen = None if labels is None else [labels[i % len(labels)] for i in range(n)]
     images = generate(
         pipe,
@@ -227,8 +229,9 @@ def sample(args: argparse.Namespace) -> Answer:
         steps=steps,
         guidance_scale=guidance,
         quiet=args.json,
+        known=known,
     )
-    grid = sample_grid(images, COLUMNS)
+    grid = sample_grid(images, COLUMNS) if known is None else sample_grid(triples(known, images), 9)
     with atomic_file(out) as temporary:
         grid.save(temporary, format="PNG")
     if npz is not None:
@@ -270,6 +273,28 @@ def _fits(pipe: Any, args: argparse.Namespace) -> None:
         raise DiffratioError(f"{name!r} is sampled by text: --prompts 'a text' 'another', or --prompts FILE.txt")
     if wanted == "class" and args.prompts is not None:
         raise DiffratioError(f"{name!r} is sampled by class, not by text: --labels 0,3,5, or nothing for all in turn")
+
+
+def _known(pipe: Any, args: argparse.Namespace, settings: Any, n: int) -> Any:
+    """The pictures and masks that an inpainting model fills, n of each; None for other models."""
+    from diffratio.backbones.widening import inpaints
+    from diffratio.inpainting import InpaintSettings, Masks
+    from diffratio.sampling.known import known_of, read_pictures
+
+    if not inpaints(pipe.transformer):
+        if args.image is not None or args.mask is not None:
+            raise DiffratioError(
+                f"{args.folder!r} is no inpainting model: leave --image and --mask out, or train one (inpaint=default)"
+            )
+        return None
+    if args.image is None:
+        raise DiffratioError(f"{args.folder!r} fills holes in pictures: --image FILE.png, and --mask FILE.png or boxes")
+    pictures = read_pictures(args.image)
+    pictures = [pictures[i % len(pictures)] for i in range(n)]
+    mask = args.mask or (settings or InpaintSettings()).mask
+    share = (settings or InpaintSettings()).share
+    masks = Masks(InpaintSettings(mask, share), pipe.transformer.config.sample_size, args.seed)
+    return known_of(pipe.transformer, pictures, masks.fixed(range(n)), n)
 
 
 def _labels(text: str | None) -> list[int | str] | None:
@@ -346,6 +371,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--labels", metavar="A,B,C", help="class names or numbers, in turn; default: all classes in turn")
     one.add_argument(
         "--prompts", nargs="+", metavar="TEXT", help="texts in turn, or a .txt file with one a line (text-to-image)"
+    )
+    one.add_argument("--image", nargs="+", metavar="FILE", help="pictures to fill, in turn (inpainting)")
+    one.add_argument(
+        "--mask", metavar="FILE|boxes|strokes|mixed", help="white where the hole is, or a shape; default: the card's"
     )
     one.add_argument("--steps", type=int, help="sampling steps; default: the card's")
     one.add_argument("--guidance", type=float, help="classifier-free guidance; default: the card's")

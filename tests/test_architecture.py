@@ -19,7 +19,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 LEAVES = {"errors", "files", "catalog"}  # anyone may import them
 _BASE = {"tokens", "cost"}
 _MODELS = _BASE | {"routing", "methods", "backbones"}
-_SURGERY = _MODELS | {"surgery", "conditions"}
+_SURGERY = _MODELS | {"surgery", "conditions", "inpainting"}
 _SAMPLING = _SURGERY | {"sampling", "checkpoint"}
 _SENSITIVITY = _SAMPLING | {"objectives"}
 # room -> rooms it may import, each also what stands before it there
@@ -29,12 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": set(),
     "tokens": set(),
     "conditions": set(),
+    "inpainting": set(),
     "cost": {"tokens"},
     "routing": _BASE,
     "backbones": _BASE,
     "methods": _BASE | {"routing"},
     "surgery": _MODELS,
-    "objectives": _BASE | {"routing"},
+    "objectives": _BASE | {"routing", "inpainting"},
     "sampling": _SURGERY,
     "checkpoint": _SURGERY | {"sampling"},
     "sensitivity": _SENSITIVITY,

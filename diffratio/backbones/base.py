@@ -137,6 +137,14 @@ class Backbone(ABC):
         """Puts the processors back that `index_attention_` replaced."""
         raise NotImplementedError
 
+    def patch_embedding(self, transformer: nn.Module) -> nn.Conv2d:
+        """The convolution that makes tokens of a sample.
+
+        Raises:
+            DiffratioError: the family has none.
+        """
+        raise DiffratioError(f"backbone {self.name} makes tokens without a convolution: it cannot see more channels")
+
     def null_label(self, transformer: nn.Module) -> int | None:
         """Class label that means "no condition", where the family is class-conditional."""
         return None
@@ -234,9 +242,17 @@ class Patched(FromDiffusers):
         return noise_level * TIMESTEPS
 
     def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, in_channels * patch^2)."""
+        """(B, C, H, W) -> (B, N, C * patch^2), C the channels of the pictures."""
+        from diffratio.backbones.widening import image_channels  # it looks families up here
+
         config: Any = transformer.config
-        return patches(output[:, : config.in_channels], config.patch_size)
+        return patches(output[:, : image_channels(transformer)], config.patch_size)
+
+    def patch_embedding(self, transformer: nn.Module) -> nn.Conv2d:
+        """That of `pos_embed`."""
+        found = transformer.pos_embed.proj  # type: ignore[union-attr]
+        assert isinstance(found, nn.Conv2d)
+        return found
 
 
 def check_classes(transformer: nn.Module, what: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from diffratio.conditions import EncoderId
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import read_json
+from diffratio.inpainting.settings import InpaintSettings
 
 FORMAT, VERSION = "diffratio-card", 1
 KINDS = ("dense", "routed")
@@ -53,6 +54,7 @@ class Card:
         sampler: how it is sampled by default.
         class_names: one name a class, in the order of the labels; empty where there are none.
         text: encoder of its captions, where the checkpoint holds none of its own; None without text.
+        inpaint: what it was trained on, where it fills holes; None where it sees the noised picture alone.
         data: what it was trained on.
         training: steps, batch size, learning rate, time ...; plain data.
         metrics: measured quality and cost; plain data.
@@ -67,6 +69,7 @@ class Card:
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     class_names: tuple[str, ...] = ()
     text: EncoderId | None = None
+    inpaint: InpaintSettings | None = None
     data: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -103,6 +106,10 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` is its inverse."""
         values = dataclasses.asdict(self) | {"class_names": list(self.class_names)}
+        if self.inpaint is None:
+            del values["inpaint"]
+        else:
+            values["inpaint"] |= {"share": list(self.inpaint.share)}
         return {"format": FORMAT, "version": VERSION, **values}
 
     @classmethod
@@ -144,6 +151,14 @@ class Card:
                 raise DiffratioError(f"card: text must be name, revision, tokens and width, got {error}") from None
         elif text is not None and not isinstance(text, EncoderId):
             raise DiffratioError(f"card: text must be an object, got {text!r}")
+        holes = values.get("inpaint")
+        if isinstance(holes, Mapping):
+            try:
+                values["inpaint"] = InpaintSettings(**holes)
+            except (TypeError, DiffratioError) as error:
+                raise DiffratioError(f"card: inpaint does not describe masks ({error})") from None
+        elif holes is not None and not isinstance(holes, InpaintSettings):
+            raise DiffratioError(f"card: inpaint must be an object, got {holes!r}")
         names = values.get("class_names")
         if isinstance(names, list):
             values["class_names"] = tuple(names)

@@ -45,7 +45,7 @@ pipeline_tag: unconditional-image-generation
 _PIPELINE = """import diffratio
 
 pipe = diffratio.load_pipeline({name!r})
-images = pipe({samples}, num_inference_steps={steps}, guidance_scale={guidance:g}).images"""
+images = pipe({samples}, {known}num_inference_steps={steps}, guidance_scale={guidance:g}).images"""
 
 _DENSE_LINE = "A dense diffusion transformer; `transformer/` loads in plain diffusers, too."
 _ROUTED_LINE = (
@@ -79,6 +79,7 @@ def render_readme(
     usage = _PIPELINE.format(
         name=card.name,
         samples='["a prompt"]' if text else "[0, 1]",
+        known="" if card.inpaint is None else "image=picture, mask=white_in_the_hole, ",
         steps=card.sampler.steps,
         guidance=card.sampler.guidance_scale,
     )

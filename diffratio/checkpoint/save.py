@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffratio.backbones import Backbone, backbone_of
 from diffratio.backbones.base import TEXT_TOKENS
+from diffratio.backbones.widening import image_channels, inpaints
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import Card
 from diffratio.checkpoint.parts import check_pipeline, save_parts
@@ -228,6 +229,11 @@ def completed(
         width = backbone.text_width(transformer)
         if full.text.width != width:
             raise DiffratioError(f"card: text of {full.text.width} channels for a transformer that reads {width}")
+    if full.inpaint is not None and not inpaints(transformer):
+        raise DiffratioError(
+            f"card: inpaint is {full.inpaint} and the transformer sees no more than pictures of "
+            f"{image_channels(transformer)} channels; leave it out"
+        )
     classes = backbone.null_label(transformer)
     if full.class_names and classes is not None and len(full.class_names) != classes:
         raise DiffratioError(f"card: {len(full.class_names)} class_names for a transformer of {classes} classes")

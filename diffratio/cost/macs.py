@@ -77,6 +77,7 @@ class Description:
         per_token: MACs an image token outside the blocks (patch embedding, output projection).
         fixed: MACs a sample outside the blocks.
         per_text_token: MACs a text token outside the blocks (caption projection).
+        router_inputs: numbers that a router sees of a token beside its channels.
     """
 
     family: str
@@ -85,6 +86,7 @@ class Description:
     per_token: int
     fixed: int
     per_text_token: int = 0
+    router_inputs: int = 0
 
     @property
     def layers(self) -> int:
@@ -259,12 +261,13 @@ def _between(row: Sequence[float], levels: Sequence[int]) -> tuple[float, ...]:
 
 
 def macs_table(description: Description, run: SamplingRun, alignment: int = 1, router: bool = True) -> CostTable:
-    """The cost table in MACs: a routed block of k < N tokens also pays its router, N d."""
+    """The cost table in MACs: a routed block of k < N tokens also pays its router, N d and what else it sees."""
     tokens, text = run.grid.tokens, run.text_tokens
+    ranked = tokens * (description.width + description.router_inputs)
 
     def cell(block: BlockCost, bin_: int) -> float:
         kept = tokens_of_bin(bin_, tokens, alignment)
-        ranking = tokens * description.width if router and 0 < kept < tokens else 0
+        ranking = ranked if router and 0 < kept < tokens else 0
         return float(block.macs(kept, text) + ranking)
 
     cells = tuple(tuple(cell(block, bin_) for bin_ in BINS) for block in description.blocks)

@@ -20,6 +20,7 @@ from diffratio.data.source import open_source
 from diffratio.data.split import ImageFormat, ImageSplit, interleaved
 from diffratio.data.stream import Augmentation, Batch, Cursor, Shard, TrainStream, ValidationStream, to_unit_range
 from diffratio.errors import DiffratioError
+from diffratio.inpainting import InpaintSettings, Known, Masks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +34,8 @@ class ImageData(LightningDataModule):
 
     A batch is a dict of `images` float32 (B, C, H, W) in [-1, 1], `labels` int64 (B,) and `positions` int64 (B,).
     A label is the number of a class or of a caption; `conditions` turns it into the transformer's arguments. The label
-    `conditions.null` is the null label; without classes and captions all labels are 0. The training stream is infinite:
+    `conditions.null` is the null label; without classes and captions all labels are 0. With `inpaint` there are `masks`
+    float32 (B, 1, H, W), 1 in the hole. The training stream is infinite:
     train by steps (`max_steps`, an integer `val_check_interval`). Its sample at a position depends on (seed, position)
     alone, not on batch size, number of processes or workers.
 
@@ -56,7 +58,8 @@ class ImageData(LightningDataModule):
         label_dropout: fraction of training labels replaced by the null label (for classifier-free guidance).
         batch_size: samples of one process in one batch.
         num_workers: loader processes; 0 is fastest for sets that are held in memory (<= 64 px, < 200,000 images).
-        seed: of order, flips, label drops and of the held-out part.
+        seed: of order, flips, label drops, masks and of the held-out part.
+        inpaint: masks of the images, for models that fill holes; None makes none.
 
     Attributes:
         position: samples of the training stream consumed so far, by all processes together. `train_dataloader()` starts
@@ -93,6 +96,7 @@ class ImageData(LightningDataModule):
         batch_size: int = 96,
         num_workers: int = 0,
         seed: int = 0,
+        inpaint: InpaintSettings | None = None,
     ) -> None:
         super().__init__()
         _at_least("image_size", image_size, 1)
@@ -121,6 +125,7 @@ class ImageData(LightningDataModule):
         self.caption_column, self.text = caption_column, text
         self._flip, self._label_dropout = flip, label_dropout
         self._cursor = Cursor()
+        self.masks = None if inpaint is None else Masks(inpaint, image_size, seed)
         self._splits: tuple[ImageSplit, ImageSplit] | None = None
         self._class_names: list[str] = []
         self._captions: Captions | None = None
@@ -193,7 +198,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Infinite loader of this process's part of the training stream, from `position` on."""
-        stream = TrainStream(self._held(0), self._shard(), self._cursor, self.seed, self._augmentation())
+        stream = TrainStream(self._held(0), self._shard(), self._cursor, self.seed, self._augmentation(), self.masks)
         return self._loader(stream)
 
     def train_rows(self, positions: Sequence[int]) -> list[int]:
@@ -204,7 +209,7 @@ class ImageData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Loader of all held-out images, classes taking turns, labels kept; positions are indices into that order."""
-        return self._loader(ValidationStream(self._held(1), self._shard()))
+        return self._loader(ValidationStream(self._held(1), self._shard(), self.masks))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Moves `position` past a batch that is about to be trained on (not past those that were only prefetched)."""
@@ -224,6 +229,10 @@ class ImageData(LightningDataModule):
             images (n, C, H, W) float32 in [-1, 1] and labels (n,) int64.
         """
         return _first(self._pair()[1], n)
+
+    def held_out_known(self, n: int) -> Known | None:
+        """The first n held-out images with their fixed masks; None without `inpaint`."""
+        return None if self.masks is None else Known(self.held_out(n)[0], self.masks.fixed(range(n)))
 
     def reference(self, n: int) -> tuple[Tensor, Tensor]:
         """n training images, neither mirrored nor shuffled, classes taking turns; see `held_out`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffratio.data.split import ImageSplit
+from diffratio.inpainting import Masks
 
 Batch = dict[str, Tensor]
 
@@ -58,10 +59,20 @@ class TrainStream(IterableDataset[Batch]):
         cursor: where to start; read at every `iter`.
         seed: of all draws.
         augmentation: what is drawn for each sample.
+        masks: holes of the samples; None for models that fill none.
     """
 
-    def __init__(self, split: ImageSplit, shard: Shard, cursor: Cursor, seed: int, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        split: ImageSplit,
+        shard: Shard,
+        cursor: Cursor,
+        seed: int,
+        augmentation: Augmentation,
+        masks: Masks | None = None,
+    ) -> None:
         self.split, self.shard, self.cursor, self.seed, self.augmentation = split, shard, cursor, seed, augmentation
+        self.masks = masks
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -83,7 +94,8 @@ class TrainStream(IterableDataset[Batch]):
             images[which] = images[which].flip(-1)
         if self.augmentation.null_label is not None:
             labels[torch.from_numpy(dropped < self.augmentation.label_dropout)] = self.augmentation.null_label
-        return {"images": images, "labels": labels, "positions": torch.from_numpy(positions)}
+        holes = {} if self.masks is None else {"masks": self.masks.training(positions)}
+        return {"images": images, "labels": labels, "positions": torch.from_numpy(positions), **holes}
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Indices into the split of the samples at these positions, (B,) -> (B,)."""
@@ -110,8 +122,8 @@ class ValidationStream(IterableDataset[Batch]):
     very end repeat the first ones, and their positions say so.
     """
 
-    def __init__(self, split: ImageSplit, shard: Shard) -> None:
-        self.split, self.shard = split, shard
+    def __init__(self, split: ImageSplit, shard: Shard, masks: Masks | None = None) -> None:
+        self.split, self.shard, self.masks = split, shard, masks
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.shard.global_batch)
@@ -127,6 +139,7 @@ class ValidationStream(IterableDataset[Batch]):
                 "images": _normalised(self.split.pixels(rows)),
                 "labels": torch.from_numpy(self.split.labels[rows]),
                 "positions": torch.from_numpy(rows),
+                **({} if self.masks is None else {"masks": self.masks.fixed(rows)}),
             }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from diffratio.errors import DiffratioError
+from diffratio.inpainting import Known
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Evidence:
         reference_images: the real images behind `reference` (m, C, H, W) in [-1, 1], for optional extractors.
         prompts: captions of the generated images, for text-image scores.
         sentences: embeddings of the captions of samples, reference and training images; None without text.
+        known: of inpainting models, the true picture of every generated image and its mask.
     """
 
     images: Tensor
@@ -58,6 +60,7 @@ class Evidence:
     reference_images: Tensor | None = None
     prompts: tuple[str, ...] | None = None
     sentences: Sentences | None = None
+    known: Known | None = None
 
     def __post_init__(self) -> None:
         other = self.dense.extractor if self.dense else None

@@ -228,6 +228,9 @@ class Method:
         """
         return None if ctx.run is None or ctx.step is None else self.action(ctx.step, ctx.run)
 
+    def see(self, sample: Tensor, ctx: StepContext) -> None:
+        """Shows the transformer's input (B, C, H, W) before the first block of a forward that is computed."""
+
     def plan(self, layer: int, site: str, x: Tensor, ctx: StepContext) -> Plan | None:
         """The plan for one place, or None to compute everything. Asked at `block` first.
 

@@ -113,7 +113,7 @@ class DiffCRMethod(RoutedMethod):
         regions = torch.tensor(each, device=call.x.device)
         weights = self.ratios.weight(layer, regions, row)  # (B,)
         pairs = [self._pair(row[region], tokens, weights.requires_grad) for region in each]
-        logits = self.routers[layer](call.x)
+        logits = self.logits(layer, call.x)
         if self.config.estimator == "soft":
             return in_groups(call, logits, pairs, weights, soft, twice=False)
         if self.config.estimator == "grouped":

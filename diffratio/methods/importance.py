@@ -299,9 +299,10 @@ def _channels(description: Description, channels: int, pixels: int) -> int:
     Patch embedding and output projection cost pixels * width * (channels in + channels out) a token.
     """
     entering = description.per_token // (pixels * description.width) - channels
-    if entering not in (channels, channels / 2):
-        raise DiffratioError(
-            f"importance cannot tell the noise among {channels} predicted channels of {description.family}: it takes "
-            "as many as the sample has, or twice as many (learned variance)"
-        )
-    return entering
+    for own in (channels, channels / 2):
+        if entering in (own, 2 * own + 1):  # an inpainting model sees the masked picture and the mask, too
+            return int(own)
+    raise DiffratioError(
+        f"importance cannot tell the noise among {channels} predicted channels of {description.family}: it takes "
+        "as many as the sample has, or twice as many (learned variance)"
+    )

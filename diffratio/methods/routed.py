@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from diffratio.cost.macs import BlockUse, Description, tokens_of_bin
 from diffratio.cost.run import SamplingRun, StepContext, region_of, regions_of
@@ -25,9 +26,11 @@ class RoutedConfig(MethodConfig):
 
     Args:
         schedule: the table that is used; None leaves it to the preset.
+        router_sees_mask: of an inpainting model, whether routers also see how much of each token's patch is hole.
     """
 
     schedule: KeepSchedule | None = None
+    router_sees_mask: bool = field(default=False, kw_only=True)
 
     def preset(self, layers: int) -> Table:
         """bins[layer][region] where no schedule is given."""
@@ -67,10 +70,14 @@ class RoutedMethod(Method):
     learned = True
 
     def __init__(self, config: RoutedConfig, description: Description) -> None:
+        if config.router_sees_mask:
+            description = replace(description, router_inputs=1)
         super().__init__(config, description)
         self.bins: Table = config.table(description.layers)
         self.alignment = config.schedule.alignment if config.schedule else 1
-        self.routers = [TokenRouter(description.width) for _ in range(description.layers)]
+        self.sees_mask = config.router_sees_mask
+        self.routers = [TokenRouter(description.width, self.sees_mask) for _ in range(description.layers)]
+        self.hole_share: Tensor | None = None  # of each token's patch (B, N)
         self.regions = Regions(0)
         self.training = False
         self.kept_index: list[Tensor | None] | None = None  # set to a list to record the kept tokens of a forward
@@ -97,6 +104,21 @@ class RoutedMethod(Method):
         each = tuple(regions.tolist()) if self.region_count > 1 else (0,)
         self.regions = Regions(each[0] if len(set(each)) == 1 else None, each, regions)
 
+    def see(self, sample: Tensor, ctx: StepContext) -> None:
+        """Takes the share of hole of every token from the last channel, the mask."""
+        if self.sees_mask:
+            share = adaptive_avg_pool2d(sample[:, -1:].detach().float(), (ctx.grid.height, ctx.grid.width))
+            self.hole_share = share.flatten(1)
+
+    def logits(self, layer: int, x: Tensor, samples: Sequence[int] | None = None) -> Tensor:
+        """The router's logits (B, N) of these samples of the forward's batch; None means all of them."""
+        share = self.hole_share if self.sees_mask else None
+        if share is not None and samples is not None:
+            share = share[list(samples)]
+        found = self.routers[layer](x, share)
+        assert isinstance(found, Tensor)
+        return found
+
     def keep(self, bin_: int, tokens: int) -> int:
         """Computed tokens of a bin."""
         return tokens_of_bin(bin_, tokens, self.alignment)
@@ -109,9 +131,7 @@ class RoutedMethod(Method):
             x: its input (B, N, C).
             samples: which samples of the forward's batch these are; None means all of them.
         """
-        logits = self.routers[layer](x)
-        assert isinstance(logits, Tensor)
-        return logits
+        return self.logits(layer, x, samples)
 
     def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Result:
         """Samples with the same bin run together: no padding, no mask."""
@@ -127,22 +147,22 @@ class RoutedMethod(Method):
         x = call.x
         kept = self.keep(bin_, x.shape[1])
         if kept == 0:
-            return self._bypassed(layer, call) if self.training and torch.is_grad_enabled() else call.entering
+            return self._bypassed(layer, call, samples) if self.training and torch.is_grad_enabled() else call.entering
         learning = bool(self.routers) and torch.is_grad_enabled() and self.routers[layer].weight.requires_grad
         if kept == x.shape[1]:
             y = call()
-            return gated(x, y, self.routers[layer](x)) if learning else y
+            return gated(x, y, self.logits(layer, x, samples)) if learning else y
         scores = self.scores(layer, x, samples)
         return self.run_best(layer, call, scores, ranking(scores), kept)
 
-    def _bypassed(self, layer: int, call: BlockCall) -> Result:
+    def _bypassed(self, layer: int, call: BlockCall, samples: Sequence[int] | None) -> Result:
         """The input, with the block's parameters in the training graph by a neutral term: DDP refuses absent ones."""
         x = call.x
         first = KeepPlan(torch.zeros(1, 1, dtype=torch.long, device=x.device))
         result, entering = call(first), call.entering
         neutral = 0 * image_of(result)[:, :, :1]  # (B, 1, 1): one token is run, whatever it gives counts nothing
         if self.routers:
-            neutral = neutral + 0 * self.routers[layer](x)[:, :1, None]
+            neutral = neutral + 0 * self.logits(layer, x, samples)[:, :1, None]
         image, text, before = x + neutral.to(x.dtype), text_of(result), text_of(entering)
         if text is None or before is None:
             return with_image(entering, image)
@@ -177,7 +197,7 @@ class RoutedMethod(Method):
 
     def planning(self, tokens: int) -> int:
         """MACs of ranking so many tokens once: the router's matrix-vector product."""
-        return tokens * self.description.width
+        return tokens * (self.description.width + self.description.router_inputs)
 
 
 Key = TypeVar("Key", bound=Hashable)

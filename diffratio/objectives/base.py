@@ -22,12 +22,14 @@ class Noised:
         target: what it should predict (B, C, H, W).
         clean: the clean images.
         noise_levels: u of each sample (B,).
+        where: pixels whose error counts (B, 1, H, W), 1 or 0; None counts all.
     """
 
     inputs: Tensor
     target: Tensor
     clean: Tensor
     noise_levels: Tensor
+    where: Tensor | None = None
 
 
 class Objective(ABC):
@@ -65,8 +67,16 @@ class Objective(ABC):
         return output[:, :channels]
 
 
-def _mean_square(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() - b.float()).square().flatten(1).mean(1)
+def _mean(values: Tensor, where: Tensor | None) -> Tensor:
+    """Mean of (B, C, H, W) over the pixels that count, (B,); 0 where none does."""
+    if where is None:
+        return values.flatten(1).mean(1)
+    counted = where.to(values.dtype).expand_as(values)
+    return (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+
+
+def _mean_square(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
+    return _mean((a.float() - b.float()).square(), where)
 
 
 class FlowMatching(Objective):
@@ -100,7 +110,7 @@ class FlowMatching(Objective):
 
     def losses(self, output: Tensor, noised: Noised) -> Tensor:
         """Mean square error."""
-        return _mean_square(output, noised.target)
+        return _mean_square(output, noised.target, noised.where)
 
 
 class FlowSample(FlowMatching):
@@ -182,7 +192,7 @@ class NoisePrediction(Objective):
     def losses(self, output: Tensor, noised: Noised) -> Tensor:
         """Mean square error of the noise, plus the bound on the variance where it is learned."""
         channels = noised.target.shape[1]
-        losses = _mean_square(output[:, :channels], noised.target)
+        losses = _mean_square(output[:, :channels], noised.target, noised.where)
         if output.shape[1] == channels:
             return losses
         if output.shape[1] != 2 * channels:
@@ -207,7 +217,7 @@ class NoisePrediction(Objective):
         divergence = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance * (-log_variance).exp())
         likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + (noised.clean - mean).square() / log_variance.exp())
         first = (levels * self.steps).round()[:, None, None, None] == 0
-        return torch.where(first, likelihood, divergence).flatten(1).mean(1) / math.log(2)
+        return _mean(torch.where(first, likelihood, divergence), noised.where) / math.log(2)
 
 
 _OBJECTIVES = {"flow": FlowMatching, "flow_sample": FlowSample, "noise": NoisePrediction}

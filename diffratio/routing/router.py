@@ -11,25 +11,33 @@ class TokenRouter(nn.Module):
 
     Args:
         width: channels d of an image token.
+        sees_mask: whether it also takes the share of each token's patch that is hole (inpainting), with a weight of 0
+            to begin with.
 
     Source: arXiv 2412.16822, section 3 (token-level routing).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, sees_mask: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.zeros(1))
         nn.init.normal_(self.weight, std=0.02)
+        self.hole = nn.Parameter(torch.zeros(1)) if sees_mask else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> logits (B, N). In half precision ties would make the ranking arbitrary.
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """(B, N, C), and (B, N) where it sees the mask -> logits (B, N). In half precision ties would make the ranking
+        arbitrary.
 
         The input is detached: the gate has no influence on the value, so through it only the router itself may learn.
         Otherwise weights and ratios of earlier blocks would get a gradient that no change of the loss stands for.
         """
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            return x.detach().to(exact) @ self.weight.to(exact) + self.bias.to(exact)
+            logits = x.detach().to(exact) @ self.weight.to(exact) + self.bias.to(exact)
+            if self.hole is None:
+                return logits
+            assert share is not None
+            return logits + share.to(exact) * self.hole.to(exact)
 
 
 def ranking(logits: Tensor) -> Tensor:

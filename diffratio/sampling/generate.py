@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from diffratio.backbones import backbone_of
+from diffratio.backbones.widening import image_channels, inpaints
 from diffratio.errors import DiffratioError
 from diffratio.files import atomic_file
+from diffratio.inpainting import Known
 from diffratio.sampling.processes import process_state as _processes
 
 if TYPE_CHECKING:
@@ -81,11 +83,14 @@ def balanced_labels(n: int, num_classes: int) -> list[int]:
 def in_turn(pipe: Any, n: int, start: int = 0) -> list[int | str]:
     """What samples start, ..., start + n - 1 are conditioned on where nothing else is asked for.
 
-    Classes in turn; of a text-conditional model the pipeline's own `prompts` in turn.
+    Classes in turn, or the pipeline's own `asked`; of a text-conditional model the pipeline's own `prompts` in turn.
 
     Raises:
         DiffratioError: a text-conditional pipeline without prompts.
     """
+    asked = getattr(pipe, "asked", ())
+    if asked:
+        return [asked[i % len(asked)] for i in range(start, start + n)]
     if backbone_of(pipe.transformer).condition == "class":
         return list(balanced_labels(start + n, pipe.transformer.config.num_embeds_ada_norm)[start:])
     prompts = getattr(pipe, "prompts", ())
@@ -107,6 +112,7 @@ def generate(
     quiet: bool = False,
     distributed: bool = True,
     progress: Callable[[int], None] | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """Samples n pictures in index order.
 
@@ -124,6 +130,7 @@ def generate(
         quiet: shows no progress bar.
         distributed: False samples all n in this process, whatever others there are.
         progress: called after every batch with the number of pictures that this process has sampled since.
+        known: n pictures and masks, of an inpainting model; None takes the pipeline's own `known` in turn.
 
     Returns:
         (n, C, H, W) float32 in [-1, 1], on the CPU.
@@ -139,9 +146,13 @@ def generate(
         labels = in_turn(pipe, n, start)
     if len(labels) != n:
         raise DiffratioError(f"{len(labels)} labels for n={n} samples: give one for each, or none for balanced classes")
+    if known is not None and len(known) != n:
+        raise DiffratioError(f"{len(known)} pictures to inpaint for n={n} samples: give one for each")
+    if known is None and inpaints(pipe.transformer):
+        known = _known_in_turn(pipe, n, start)
     state = _processes() if distributed else None
     if state is None:
-        return _share(pipe, range(n), seed, labels, batch_size, steps, guidance_scale, start, quiet, progress)
+        return _share(pipe, range(n), seed, labels, batch_size, steps, guidance_scale, start, quiet, progress, known)
     # Equal shares (the last places repeat sample n - 1), so that one plain gather returns them in index order.
     share = -(-n // state.num_processes)
     places = [min(i, n - 1) for i in range(state.process_index * share, (state.process_index + 1) * share)]
@@ -150,7 +161,7 @@ def generate(
 
     mine, failure = None, None
     try:
-        mine = _share(pipe, places, seed, labels, batch_size, steps, guidance_scale, start, quiet, progress)
+        mine = _share(pipe, places, seed, labels, batch_size, steps, guidance_scale, start, quiet, progress, known)
     except Exception as error:  # whatever it is, the others must hear of it before they wait for this one's pictures
         failure = error
     said = None if failure is None else f"process {state.process_index}: {type(failure).__name__}: {failure}"
@@ -173,6 +184,7 @@ def _share(
     start: int,
     quiet: bool,
     report: Callable[[int], None] | None,
+    known: Known | None,
 ) -> Tensor:
     from tqdm.auto import tqdm
 
@@ -184,7 +196,8 @@ def _share(
             for first in range(0, len(places), batch_size):
                 batch = places[first : first + batch_size]
                 chosen = [labels[i] for i in batch]
-                images = _batch(pipe, seed, [start + i for i in batch], chosen, steps, guidance_scale)
+                shown = {} if known is None else _arguments(known.take(batch))
+                images = _batch(pipe, seed, [start + i for i in batch], chosen, steps, guidance_scale, shown)
                 batches.append(images.float().cpu() * 2 - 1)
                 progress.update(len(batch))
                 if report is not None:
@@ -194,16 +207,34 @@ def _share(
     return torch.cat(batches)
 
 
+def _known_in_turn(pipe: Any, n: int, start: int) -> Known:
+    if getattr(pipe, "known", None) is None:
+        raise DiffratioError("an inpainting model fills holes in pictures: give known, n pictures with their masks")
+    kept: Known = pipe.known
+    return kept.take(range(start, start + n))
+
+
+def _arguments(known: Known) -> dict[str, Tensor]:
+    return {"image": known.images, "mask": known.masks}
+
+
 def _batch(
-    pipe: Any, seed: int, indices: Sequence[int], labels: Sequence[int | str], steps: int, guidance_scale: float
+    pipe: Any,
+    seed: int,
+    indices: Sequence[int],
+    labels: Sequence[int | str],
+    steps: int,
+    guidance_scale: float,
+    shown: dict[str, Tensor],
 ) -> Tensor:
     """Pictures (B, C, H, W) in [0, 1]."""
     common = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "output_type": "pt"}
     if not hasattr(pipe, "vae"):
         config = pipe.transformer.config
-        noise = initial_noise(seed, indices, (config.in_channels, config.sample_size, config.sample_size))
+        channels = image_channels(pipe.transformer)
+        noise = initial_noise(seed, indices, (channels, config.sample_size, config.sample_size))
         generators = [sample_generator(seed, index, _STEPS) for index in indices]
-        return pipe(list(labels), latents=noise, generator=generators, **common).images
+        return pipe(list(labels), latents=noise, generator=generators, **shown, **common).images
     if _draws_noise(pipe.scheduler):
         raise DiffratioError(
             f"{type(pipe.scheduler).__name__} draws noise at each step, and diffusers' DiTPipeline draws it from the "

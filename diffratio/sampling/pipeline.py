@@ -13,9 +13,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffratio.backbones.widening import image_channels, inpaints
 from diffratio.conditions import EncoderId
 from diffratio.cost.run import Halves
 from diffratio.errors import DiffratioError, unknown
+from diffratio.inpainting import Known
+from diffratio.sampling.known import known_of
 from diffratio.sampling.schedulers import is_flow, model_timesteps, set_steps, takes_variance
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -26,6 +29,8 @@ class PixelPipeline(DiffusionPipeline):
 
     Attributes:
         guidance_order: how a batch holds the guidance halves.
+        known: pictures and masks that `generate` takes in turn where it is given none, of inpainting models.
+        asked: classes that `generate` asks for in turn where it is given none; empty takes all classes in turn.
     """
 
     model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
@@ -33,6 +38,8 @@ class PixelPipeline(DiffusionPipeline):
     _asked: ClassVar[str] = "samples"
     transformer: Any
     scheduler: Any
+    known: Known | None = None
+    asked: tuple[int, ...] = ()
 
     @torch.no_grad()
     def _sample(
@@ -46,8 +53,12 @@ class PixelPipeline(DiffusionPipeline):
         latents: Tensor | None,
         output_type: str,
         return_dict: bool,
+        image: Any,
+        mask: Any,
+        paste: bool,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples `batch` pictures; the two functions give the transformer's arguments of either guidance half."""
+        known = known_of(self.transformer, image, mask, batch)
         if output_type not in OUTPUT_TYPES:
             raise unknown("output_type", output_type, OUTPUT_TYPES)
         if self.transformer.training:
@@ -69,12 +80,17 @@ class PixelPipeline(DiffusionPipeline):
         set_steps(self.scheduler, num_inference_steps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        x = self._prepare_latents(batch, generator, latents, device)  # (B, C, H, W) float32
+        x = self._prepare_latents(batch, generator, latents, device, known)  # (B, C, H, W) float32
+        if known is not None:
+            known = known.to(device)
+            shown = known.channels.to(self.transformer.dtype)  # (B, C + 1, H, W), the same at every step
         times = model_timesteps(self.scheduler).to(device)
         extra = {"generator": generator} if self._step_takes("generator") else {}
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             model_input = model_input.to(self.transformer.dtype)
+            if known is not None:
+                model_input = torch.cat([model_input, shown], dim=1)
             if guided:
                 model_input = torch.cat([model_input, model_input])
             timestep = times[step].expand(len(model_input))
@@ -82,6 +98,8 @@ class PixelPipeline(DiffusionPipeline):
             prediction = self._guide(output.float(), x.shape[1], guidance_scale)
             x = self.scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
 
+        if known is not None and paste:
+            x = known.pasted(x)
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -108,19 +126,28 @@ class PixelPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
         device: torch.device,
+        known: Known | None,
     ) -> Tensor:
         config = self.transformer.config
+        channels = image_channels(self.transformer)
+        size = (config.sample_size,) * 2 if latents is None else tuple(latents.shape[-2:])
+        if known is not None and tuple(known.images.shape[2:]) != size:
+            height, width = known.images.shape[2:]
+            raise DiffratioError(
+                f"the picture to inpaint is {height}x{width} and the sample is {'x'.join(map(str, size))}; scale the "
+                "picture and its mask to the sample's size"
+            )
         if latents is None:
-            shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+            shape = (batch, channels, *size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif (
             latents.ndim != 4
-            or latents.shape[:2] != (batch, config.in_channels)
+            or latents.shape[:2] != (batch, channels)
             or latents.shape[2] != latents.shape[3]
             or latents.shape[3] % config.patch_size
         ):
             raise DiffratioError(
-                f"latents of shape {tuple(latents.shape)} do not fit: give ({batch}, {config.in_channels}, H, H) "
+                f"latents of shape {tuple(latents.shape)} do not fit: give ({batch}, {channels}, H, H) "
                 f"with H a multiple of {config.patch_size}"
             )
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
@@ -222,6 +249,9 @@ class PixelDiTPipeline(PixelPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        image: Any = None,
+        mask: Any = None,
+        paste: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples one picture for each label.
 
@@ -235,12 +265,16 @@ class PixelDiTPipeline(PixelPipeline):
             latents: initial noise (B, C, H, W) of unit variance instead of a draw; square, H a multiple of the patch.
             output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W), both float32 in [0, 1].
             return_dict: False gives a tuple.
+            image: of an inpainting model, what is known: (B, C, H, W) in [-1, 1], PIL pictures, or one for all.
+            mask: where it is not: (B, 1, H, W), 1 in the hole, or PIL pictures, white in the hole, or one for all.
+            paste: whether the known pixels replace the sampled ones outside the hole.
 
         Returns:
             The pictures as `.images`, or a tuple of them.
 
         Raises:
-            DiffratioError: labels, latents, steps or output type that do not fit, or a transformer in training mode.
+            DiffratioError: labels, latents, steps, output type, picture or mask that do not fit, or a transformer in
+                training mode.
         """
         numbers = self.get_label_ids(class_labels)
         if not numbers:
@@ -253,7 +287,7 @@ class PixelDiTPipeline(PixelPipeline):
             null = self.transformer.config.num_embeds_ada_norm
             return {"class_labels": torch.full((len(numbers),), null, device=device)}
 
-        shared = (guidance_scale, num_inference_steps, generator, latents, output_type, return_dict)
+        shared = (guidance_scale, num_inference_steps, generator, latents, output_type, return_dict, image, mask, paste)
         return self._sample(len(numbers), condition, no_condition, *shared)
 
 
@@ -287,6 +321,11 @@ def build_pipeline(
         return PixelDiTPipeline(transformer, scheduler, id2label)
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 
+    if inpaints(transformer):
+        raise DiffratioError(
+            "diffusers' DiTPipeline shows a transformer no masks: an inpainting model is sampled in pixel space alone, "
+            "without a VAE"
+        )
     if is_flow(scheduler):
         raise DiffratioError(
             "diffusers' DiTPipeline samples noise prediction only: for a latent model choose sampler ddpm, ddim or "

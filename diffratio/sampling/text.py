@@ -77,6 +77,9 @@ class PixelTextPipeline(PixelPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask: Any = None,
+        paste: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples one picture for each prompt.
 
@@ -91,12 +94,16 @@ class PixelTextPipeline(PixelPipeline):
             output_type: `pil`, `np` (B, H, W, C) or `pt` (B, C, H, W), both float32 in [0, 1].
             return_dict: False gives a tuple.
             negative_prompt: what guidance leads away from, one for all or one for each; None is the empty prompt.
+            image: of an inpainting model, what is known: (B, C, H, W) in [-1, 1], PIL pictures, or one for all.
+            mask: where it is not: (B, 1, H, W), 1 in the hole, or PIL pictures, white in the hole, or one for all.
+            paste: whether the known pixels replace the sampled ones outside the hole.
 
         Returns:
             The pictures as `.images`, or a tuple of them.
 
         Raises:
-            DiffratioError: no prompt, latents, steps or output type that do not fit, or a transformer in training mode.
+            DiffratioError: no prompt, latents, steps, output type, picture or mask that do not fit, or a transformer in
+                training mode.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(one, str) for one in prompts):
@@ -113,7 +120,7 @@ class PixelTextPipeline(PixelPipeline):
             dtype = self.transformer.dtype
             return {key: one.to(device, dtype if one.is_floating_point() else None) for key, one in found.items()}
 
-        shared = (guidance_scale, num_inference_steps, generator, latents, output_type, return_dict)
+        shared = (guidance_scale, num_inference_steps, generator, latents, output_type, return_dict, image, mask, paste)
         return self._sample(
             len(prompts),
             lambda device: arguments(prompts, device),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.backbones.widening import image_channels
 from diffratio.conditions import Classes, Conditions
 from diffratio.cost.run import SamplingRun
 from diffratio.methods.measured import Measured
@@ -109,7 +110,7 @@ class _Sampler:
         set_steps(self.scheduler, steps)
         config = transformer.config
         reference = next(transformer.parameters())
-        shape = (config.in_channels, config.sample_size, config.sample_size)
+        shape = (image_channels(transformer), config.sample_size, config.sample_size)
         self.noise = initial_noise(seed, range(samples), shape, device=reference.device)
         labels = torch.tensor(conditions.in_turn(samples), device=reference.device)
         if guidance_scale > 1:

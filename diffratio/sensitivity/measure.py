@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.backbones.widening import inpaints
 from diffratio.conditions import Classes, Conditions
 from diffratio.cost.macs import macs_table
 from diffratio.cost.run import SamplingRun
@@ -88,7 +89,16 @@ def region_batches(
     seed: int,
     conditions: Conditions | None = None,
 ) -> list[list[Batch]]:
-    """Fixed noised samples [region][batch]: image i belongs to region i mod R, levels fill the region evenly."""
+    """Fixed noised samples [region][batch]: image i belongs to region i mod R, levels fill the region evenly.
+
+    Raises:
+        DiffratioError: an inpainting model, whose masks a map does not hold.
+    """
+    if inpaints(transformer):
+        raise DiffratioError(
+            "sensitivity maps are measured on models that see the noised picture alone, and this one inpaints; measure "
+            "the model that it was made from"
+        )
     backbone, device = backbone_of(transformer), next(transformer.parameters()).device
     conditions = conditions or Classes()
     found = []

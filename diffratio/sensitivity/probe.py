@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.backbones.widening import image_channels
 from diffratio.cost.macs import Description
 from diffratio.cost.run import StepContext
 from diffratio.methods.base import BlockCall, Method
@@ -134,8 +135,8 @@ def probed(transformer: nn.Module, ranking: str, seed: int = 0) -> Iterator[Tran
     apply_(transformer, _ProbeConfig(ranking=ranking), seed=seed)
     try:
         transformer.eval()
-        channels = transformer.config.in_channels  # type: ignore[union-attr]
-        yield TransformerNetwork(transformer, channels)  # type: ignore[arg-type]
+        channels = image_channels(transformer)
+        yield TransformerNetwork(transformer, channels)
     finally:
         remove_(transformer)
         transformer.train(was)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.backbones.widening import image_channels
 from diffratio.conditions import Classes, Conditions
 from diffratio.cost.macs import macs_table
 from diffratio.errors import DiffratioError
@@ -155,8 +156,7 @@ def _row(
 @torch.no_grad()
 def _outputs(transformer: nn.Module, batches: list[list[Batch]]) -> list[Tensor]:
     """Outputs by region, learned variance left out."""
-    channels: int = transformer.config.in_channels  # type: ignore[union-attr, assignment]
-    backbone = backbone_of(transformer)
+    backbone, channels = backbone_of(transformer), image_channels(transformer)
 
     def output(batch: Batch) -> Tensor:
         full = backbone.predict(transformer, batch.inputs, batch.timestep, batch.condition)

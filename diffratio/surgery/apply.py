@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from diffratio.backbones import Backbone, backbone_of
+from diffratio.backbones.widening import inpaints
 from diffratio.errors import DiffratioError
 from diffratio.methods.base import Method, MethodConfig
 from diffratio.surgery.modules import BlockMixin, SiteMixin, TransformerMixin
@@ -51,6 +52,12 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
         raise DiffratioError(f"apply_ takes a method config such as diffratio.ToMe(ratio=0.5), got {config!r}")
     description = backbone.describe(transformer)
     methods = [one.method(one, description) for one in configs]
+    for one, method in zip(configs, methods, strict=True):
+        if getattr(one, "router_sees_mask", False) and not (inpaints(transformer) and len(getattr(method, "routers", []))):
+            raise DiffratioError(
+                f"{method.name}: router_sees_mask=true is for routers of inpainting models (inpaint=default), and here "
+                f"{'are no routers' if inpaints(transformer) else 'is no mask'}; leave it out"
+            )
     token_level = [method.name for method in methods if method.token_level]
     if len(token_level) > 1:
         raise DiffratioError(f"two token-level methods ({' and '.join(token_level)}) cannot share a transformer")

@@ -39,6 +39,8 @@ class TransformerMixin(Converted):
         if single:
             for name in state.backbone.batched:
                 arguments[name] = conditional(arguments.get(name), held, batch)
+        for method in state.methods:
+            method.see(arguments["hidden_states"], context)
         output = inner(**arguments)
         prediction = output[0]
         for method in state.methods:

@@ -15,18 +15,21 @@ from torch import nn
 
 from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
+from diffratio.backbones.widening import image_channels
 from diffratio.checkpoint import load_skeleton, load_transformer, text_of
 from diffratio.conditions import Captions
-from diffratio.cost.macs import CostTable, macs_table, ratio_table
+from diffratio.cost.macs import CostTable, Description, macs_table, ratio_table
 from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.cost.table import LatencyTable, load_cost_table
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError, unknown
+from diffratio.inpainting import InpaintSettings
 from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods, solve_for_budget
 from diffratio.objectives import Objective, get_objective
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
 from diffratio.training.health import RoutingHealth
+from diffratio.training.inpaint import sees_holes_
 from diffratio.training.logs import RunCSVLogger
 from diffratio.training.lora import base_weights
 from diffratio.training.module import Training, dense_copy
@@ -66,7 +69,7 @@ def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
 def build_data(cfg: Config) -> ImageData:
     """The data module."""
     try:
-        return ImageData(**cfg["data"])
+        return ImageData(**cfg["data"], inpaint=inpaint_settings(cfg))
     except TypeError as error:
         raise DiffratioError(f"data: {error}") from None
 
@@ -87,6 +90,7 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
         raise DiffratioError("backbone needs a source (a checkpoint) or a config (random weights); both are null")
     if not backbone.matches(transformer):
         raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
+    sees_holes_(transformer, cfg, inpaint_settings(cfg))
     if data is not None:
         size, channels = cfg["data"]["image_size"], cfg["data"]["channels"]
         backbone.grid(transformer, torch.empty(1, channels, size, size, device="meta"))
@@ -95,9 +99,9 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
             raise DiffratioError(
                 f"data.image_size={size} does not fit a model of sample_size {config.sample_size}; set data.image_size"
             )
-        if channels != config.in_channels:
+        if channels != image_channels(transformer):
             raise DiffratioError(
-                f"data.channels={channels} does not fit a model of {config.in_channels} input channels; "
+                f"data.channels={channels} does not fit a model of {image_channels(transformer)} input channels; "
                 "set data.channels"
             )
         if backbone.condition == "text":
@@ -162,11 +166,17 @@ def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) ->
             found = read_schedule(values[key], name, transformer, run, budget.target, key, costs)
             values |= {key if one == "schedule" else one: value for one, value in found.items()}
     given = {key: value for key, value in values.items() if value is not None}
-    if cls.learned and name != "diffcr" and given.keys() <= {"name", "ranking"}:
-        description = backbone_of(transformer).describe(transformer)
+    if cls.learned and name != "diffcr" and given.keys() <= {"name", "ranking", "router_sees_mask"}:
+        description = described(transformer, cfg)
         config = solve_for_budget(cls, description, run, budget.target, costs)
         return dataclasses.replace(config, **{key: value for key, value in given.items() if key != "name"})
     return config_from_json(given)
+
+
+def described(transformer: nn.Module, cfg: Config) -> Description:
+    """What the job's transformer costs, with what its routers see."""
+    description = backbone_of(transformer).describe(transformer)
+    return dataclasses.replace(description, router_inputs=1 if cfg["method"].get("router_sees_mask") else 0)
 
 
 def budget_run(transformer: nn.Module, budget: BudgetSettings) -> SamplingRun:
@@ -223,6 +233,12 @@ def lora_settings(cfg: Config) -> surgery.LoraSettings | None:
     return settings
 
 
+def inpaint_settings(cfg: Config) -> InpaintSettings | None:
+    """Settings of inpainting, or None where the model sees the noised picture alone."""
+    values = cfg.get("inpaint") or {}  # runs of earlier versions have none
+    return None if values.get("mask") is None else typed(InpaintSettings, values, "inpaint")
+
+
 def build_module(cfg: Config, data: ImageData | None) -> Training:
     """The LightningModule with its transformer, method, objective and teacher."""
     budget = typed(BudgetSettings, cfg["budget"], "budget")
@@ -244,7 +260,9 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     schedule = getattr(method, "schedule", None)
     if isinstance(schedule, KeepSchedule):
         run = schedule.run
-    costs = budget_costs(transformer, budget, run)
+    costs = macs_table(described(transformer, cfg), run)
+    if budget.unit != "macs":
+        costs = budget_costs(transformer, budget, run)
     if budget.unit == "latency" and isinstance(schedule, KeepSchedule) and schedule.alignment != costs.alignment:
         raise DiffratioError(
             f"method.schedule computes tokens in multiples of {schedule.alignment} and budget.table={budget.table} was "
@@ -252,7 +270,8 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
         )
     probe_n = cfg["callbacks"]["probe_n"]
     conditions = None if data is None else data.conditions
-    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard, conditions)
+    shown = (conditions, inpaint_settings(cfg))
+    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard, *shown)
     module.base = base
     if module.learning_ratios:
         assert module.keep_ratios is not None

@@ -154,8 +154,10 @@ class Pictures(Callback):
     @rank_zero_only
     def draw(self, trainer: Trainer, module: Training) -> None:
         """Writes the pictures of the present step."""
+        from diffratio.backbones.widening import image_channels
         from diffratio.methods.routed import RoutedMethod
         from diffratio.sampling.generate import generate, sample_grid
+        from diffratio.sampling.known import triples
         from diffratio.sampling.pipeline import build_pipeline
         from diffratio.sampling.schedulers import default_sampler, make_scheduler
         from diffratio.surgery import attach_
@@ -167,8 +169,8 @@ class Pictures(Callback):
         for average in averages:
             average.swap_in(module)
         try:
-            config: Any = module.transformer.config
-            if config.in_channels <= 3:
+            if image_channels(module.transformer) <= 3:
+                data: Any = trainer.datamodule  # type: ignore[attr-defined]
                 sampler = default_sampler(module.objective.name)
                 captions = module.conditions if isinstance(module.conditions, Captions) else None
                 pipe = build_pipeline(
@@ -176,25 +178,30 @@ class Pictures(Callback):
                     make_scheduler(sampler, module.objective.name),
                     text=None if captions is None else captions.encoder,
                 )
-                prompts, n = None, self.n
-                if captions is not None:
-                    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                labels: list[int | str] | None = None
+                n, columns = self.n, 10
+                if captions is not None or module.inpaint is not None:
                     n = min(n, data.held_out_size)
-                    prompts = [captions.texts[label] for label in data.held_out(n)[1].tolist()]
+                    numbers = data.held_out(n)[1].tolist()
+                    labels = numbers if captions is None else [captions.texts[number] for number in numbers]
+                known = None if module.inpaint is None else data.held_out_known(n)
                 pipe = attach_(pipe)
                 with torch.no_grad(), trainer.precision_plugin.forward_context():
                     images = generate(
                         pipe,
                         n,
-                        labels=prompts,
+                        labels=labels,
                         steps=self.steps,
                         guidance_scale=self.guidance_scale,
                         batch_size=n,
                         quiet=True,
                         distributed=False,  # the other processes are not here
+                        known=known,
                     )
+                if known is not None:  # original, masked, filled
+                    images, columns = triples(known, images), 9
                 with atomic_file(self.folder / f"samples-{self.last:06d}.png") as path:
-                    sample_grid(images, columns=min(10, n)).save(path, format="PNG")
+                    sample_grid(images, columns=min(columns, len(images))).save(path, format="PNG")
             if isinstance(module.method, RoutedMethod):
                 table: Any = module.method.bins
                 if module.learning_ratios and module.keep_ratios is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from diffratio.checkpoint import export, export_adapter
 from diffratio.conditions import Captions, Conditions
 from diffratio.errors import DiffratioError
-from diffratio.objectives.validation import region_losses
 from diffratio.sampling.schedulers import default_sampler, make_scheduler
 from diffratio.surgery import adapter_layers
 from diffratio.training.build import build_data, build_module
@@ -38,6 +37,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
         "data": plain["data"]["name"] or plain["data"]["source"],
         "class_names": result.get("class_names", []),
         "text": text,
+        "inpaint": plain["inpaint"] if (plain.get("inpaint") or {}).get("mask") else None,
         "training": {
             "method": plain["method"]["name"],
             "base": plain["backbone"]["source"],
@@ -52,7 +52,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
         },
         "metrics": {
             key: result[key]
-            for key in ("val_loss", "val_loss_regions", "macs_fraction", "rounding", "latency")
+            for key in ("val_loss", "val_loss_regions", "val_loss_parts", "macs_fraction", "rounding", "latency")
             if result.get(key)
         },
         "licence": "Apache-2.0",
@@ -61,11 +61,10 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
 
 
 @torch.no_grad()
-def final_losses(module: Training, data: Any, n: int) -> Tensor:
-    """Validation losses (n, 4) of the module as it is, on the first held-out images, at fixed noise."""
-    images, labels = data.held_out(min(n, data.held_out_size))
+def final_losses(module: Training, data: Any, n: int) -> dict[str, Tensor]:
+    """Losses (n, 4) of the module as it is, on the first held-out images, at fixed noise; see `fixed_losses`."""
     module.transformer.eval()
-    return region_losses(module.predict, module.objective, images.to(module.device), labels.to(module.device))
+    return module.held_out_losses(data, n)
 
 
 def export_module(module: Training, out: Path, card: dict[str, Any], dtype: torch.dtype | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -16,10 +17,11 @@ from diffratio.conditions import Classes, Conditions
 from diffratio.cost.macs import CostTable, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
+from diffratio.inpainting import InpaintSettings, Known
 from diffratio.methods.diffcr import DiffCRMethod
 from diffratio.methods.routed import RoutedMethod
-from diffratio.objectives import Objective, noise_levels, sample_draws
-from diffratio.objectives.validation import region_losses
+from diffratio.objectives import Noised, Objective, noise_levels, sample_draws
+from diffratio.objectives.validation import PARTS, part_losses
 from diffratio.routing.ratios import BudgetProjection
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.surgery import attachment, drop_root_module_
@@ -46,6 +48,7 @@ class Training(LightningModule):
         costs: cost table of the run in the budget's unit; None counts MACs.
         guard: what happens at a loss or gradient that is not finite.
         conditions: what labels stand for; None takes them for classes.
+        inpaint: of a model that fills holes; None sees the noised picture alone.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class Training(LightningModule):
         costs: CostTable | None = None,
         guard: GuardSettings | None = None,
         conditions: Conditions | None = None,
+        inpaint: InpaintSettings | None = None,
     ) -> None:
         super().__init__()
+        self.inpaint = inpaint
         self.conditions = conditions or Classes()
         self.guard = NonFiniteGuard(guard or GuardSettings())
         self.transformer, self.objective = transformer.train(), objective
@@ -132,7 +137,7 @@ class Training(LightningModule):
         return groups["weights"] + groups["routers"]
 
     def predict(self, inputs: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
-        """The transformer's output (B, C, H, W) at noise levels (B,)."""
+        """The transformer's output (B, C, H, W) at noise levels (B,); inputs of 2 C + 1 channels where it inpaints."""
         return self._forward(self.transformer, inputs, levels, labels)
 
     def _forward(self, transformer: nn.Module, inputs: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
@@ -148,13 +153,14 @@ class Training(LightningModule):
         levels = noise_levels(self.objective, uniform, positions, together, self.loss.timesteps, regions)
         levels = levels.to(clean.device)
         noised = self.objective.noised(clean, noise.to(clean.device), levels)
-        output = self.predict(noised.inputs, levels, batch["labels"])
+        inputs, noised = self._seen(noised, batch.get("masks"))
+        output = self.predict(inputs, levels, batch["labels"])
         losses = self.objective.losses(output, noised)  # (B,)
         loss = losses.mean()
         self.log("train/diffusion_loss", loss.detach(), prog_bar=True)
         if self._teacher:
             with torch.no_grad():
-                taught = self._forward(self._teacher[0].to(clean.device), noised.inputs, levels, batch["labels"])
+                taught = self._forward(self._teacher[0].to(clean.device), inputs, levels, batch["labels"])
             distance = self.objective.distance(output, taught, noised).mean()
             self.log("train/distill_loss", distance.detach())
             loss = loss + self.loss.distill * distance
@@ -163,11 +169,39 @@ class Training(LightningModule):
         self.guard.see(loss, losses, positions)
         return loss
 
+    def _seen(self, noised: Noised, masks: Tensor | None) -> tuple[Tensor, Noised]:
+        """What the model sees of a noised batch, and the batch with the pixels whose error counts."""
+        if self.inpaint is None:
+            return noised.inputs, noised
+        assert masks is not None
+        inputs = torch.cat([noised.inputs, Known(noised.clean, masks).channels], dim=1)  # (B, 2 C + 1, H, W)
+        return inputs, dataclasses.replace(noised, where=masks if self.inpaint.loss == "hole" else None)
+
+    def fixed_losses(
+        self, images: Tensor, labels: Tensor, masks: Tensor | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Losses (n, 4) at fixed noise by part of the pictures: `loss`, and where it inpaints `hole` and `known`.
+
+        Args:
+            images: (n, C, H, W) in [-1, 1].
+            labels: (n,).
+            masks: holes (n, 1, H, W) of an inpainting model.
+            seed: of noise and levels.
+        """
+        parts = PARTS if self.inpaint is not None else PARTS[:1]
+        found = part_losses(self.predict, self.objective, images, labels, parts, seed=seed, masks=masks)
+        if self.inpaint is None:
+            return {"loss": found["all"]}
+        return {"loss": found[self.inpaint.loss], "hole": found["hole"], "known": found["known"]}
+
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Loss at fixed noise, by region."""
-        losses = region_losses(self.predict, self.objective, batch["images"], batch["labels"], seed=1 + batch_index)
+        found = self.fixed_losses(batch["images"], batch["labels"], batch.get("masks"), seed=1 + batch_index)
+        losses = found.pop("loss")
         count = len(losses)
         self.log("val/loss", losses.mean(), prog_bar=True, batch_size=count, sync_dist=True)
+        for part, own in found.items():
+            self.log(f"val/loss_{part}", own.mean(), batch_size=count, sync_dist=True)
         for region, value in enumerate(losses.mean(0)):
             self.log(f"val/loss_region{region}", value, batch_size=count, sync_dist=True)
 
@@ -286,17 +320,24 @@ class Training(LightningModule):
         """Loss on a few held-out images at fixed noise; interpolated or rounded."""
         assert isinstance(self.method, DiffCRMethod)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        images, labels = data.held_out(min(self.probe_n, data.held_out_size))
         was = self.transformer.training
         self.transformer.eval()
         self.method.interpolate_in_eval = interpolated
         try:
             with self.trainer.precision_plugin.forward_context():
-                losses = region_losses(self.predict, self.objective, images.to(self.device), labels.to(self.device))
+                losses = self.held_out_losses(data, self.probe_n)["loss"]
         finally:
             self.method.interpolate_in_eval = False
             self.transformer.train(was)
         return float(losses.mean())
+
+    @torch.no_grad()
+    def held_out_losses(self, data: Any, n: int) -> dict[str, Tensor]:
+        """`fixed_losses` of a data module's first n held-out images."""
+        n = min(n, data.held_out_size)
+        images, labels = data.held_out(n)
+        masks = None if self.inpaint is None else data.masks.fixed(range(n)).to(self.device)
+        return self.fixed_losses(images.to(self.device), labels.to(self.device), masks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The frozen schedule travels as plain data."""

@@ -358,7 +358,8 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
             callback.swap_in(module)
     module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     with trainer.precision_plugin.forward_context():
-        losses = final_losses(module, trainer.datamodule, plain["callbacks"]["final_n"])
+        parts = final_losses(module, trainer.datamodule, plain["callbacks"]["final_n"])
+    losses = parts.pop("loss")
     names = trainer.datamodule.class_names
     cost = module.method.macs(module.run)
     result = {
@@ -375,6 +376,7 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
         "rounding": module.rounding or None,
         "val_loss": float(losses.mean()),
         "val_loss_regions": [float(value) for value in losses.mean(0)],
+        **({"val_loss_parts": {part: float(own.mean()) for part, own in parts.items()}} if parts else {}),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "export": str(folder / "export"),
     }

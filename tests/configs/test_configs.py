@@ -17,6 +17,7 @@ from diffratio.bench.settings import SECTIONS, BenchSettings, expanded
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError
 from diffratio.files import configs_folder
+from diffratio.inpainting import InpaintSettings
 from diffratio.methods import get_method, methods
 from diffratio.objectives import objectives
 from diffratio.surgery import LoraSettings
@@ -120,7 +121,7 @@ def test_data_keys_are_those_of_the_module(path: Path) -> None:
 def test_budget_and_optimizer_files_hold_the_defaults() -> None:
     """One truth: what the YAML says is what the dataclass says, key by key."""
     groups = (("budget", "macs", BudgetSettings), ("optimizer", "adamw", OptimizerSettings))
-    for group, member, cls in (*groups, ("lora", "default", LoraSettings)):
+    for group, member, cls in (*groups, ("lora", "default", LoraSettings), ("inpaint", "default", InpaintSettings)):
         values = values_of(ROOT / group / f"{member}.yaml")
         fields = {field.name: field.default for field in dataclasses.fields(cls)}
         assert set(values) == set(fields)

@@ -17,6 +17,7 @@ from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup
 from diffratio.evaluation.compare.cheats import probe
 from diffratio.evaluation.compare.folder import ComparisonFolder
+from diffratio.evaluation.compare.holes import loss_part, shown_to
 from diffratio.evaluation.compare.settings import CompareSettings
 from diffratio.evaluation.compare.timing import memory_of, time_arms
 from diffratio.evaluation.evidence import Sentences
@@ -228,6 +229,7 @@ class Referee:
             labels=None if self.classes is None else torch.tensor(self.classes),
             prompts=self.prompts,
             sentences=self._sentences(),
+            known=None if (known := shown_to(one)) is None else known.take(range(len(images))),
             dense=self._dense[f"{one.partner.key}-{seed}"] if one.partner else None,
             losses=self._losses.get(one.key),
             reference_losses=self._reference(one),
@@ -282,7 +284,12 @@ class Referee:
             timestep = objective.timestep(family.timestep(levels))
             return family.predict(transformer, inputs, timestep, self.conditions.arguments(own))
 
-        losses = region_losses(predict, objective, images.to(self.device), labels.to(self.device), REGIONS)
+        known = shown_to(one)
+        masks = None if known is None else known.take(range(len(images))).masks
+        losses = region_losses(
+            predict, objective, images.to(self.device), labels.to(self.device), REGIONS,
+            masks=masks, part=loss_part(self.settings.weights),
+        )  # fmt: skip
         self._losses[one.key] = losses
         self.folder.cache(name, {"losses": losses})
 

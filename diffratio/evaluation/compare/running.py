@@ -15,6 +15,7 @@ from diffratio.conditions import Captions, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup, line_up
 from diffratio.evaluation.compare.folder import ComparisonFolder
+from diffratio.evaluation.compare.holes import give_holes_, shown_to, true_pictures
 from diffratio.evaluation.compare.measuring import MISSES, HeldOut, Referee, failed, row_of
 from diffratio.evaluation.compare.plan import make_plan, plan_text, remaining
 from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm
@@ -67,6 +68,7 @@ def compare_from_config(
     lineup = team.together(lambda: line_up(settings, device, trained))
     if isinstance(conditions, Captions):
         _ask(lineup, conditions, held_out(settings.reference_n)[1])
+    give_holes_(lineup, true_pictures(settings, held_out, int((cfg.get("data") or {}).get("seed") or 0)))
     folder = Path(cfg["paths"]["output_dir"])
     comparison = _Comparison(settings, lineup, folder, held_out, train, team, device, conditions)
     plan = team.on_main(lambda: comparison.open(cfg, pending))
@@ -293,6 +295,7 @@ def define(
         "data": data.get("name") or data.get("source"),
         "reference_n": settings.reference_n,
         "reference": [content_hash(one) for one in held_out(settings.reference_n)],
+        **({} if (known := shown_to(lineup.dense)) is None else {"masks": content_hash(known.masks)}),
         "validation_n": settings.validation_n,
         "metrics": list(settings.metrics),
         "train_n": settings.train_n,

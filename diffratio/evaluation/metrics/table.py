@@ -10,6 +10,7 @@ from diffratio.errors import DiffratioError, unknown
 from diffratio.evaluation.evidence import Evidence
 from diffratio.evaluation.metrics.base import Metric
 from diffratio.evaluation.metrics.distances import FD_MINIMUM, KID, KID_MINIMUM, fd, kid, kid_difference
+from diffratio.evaluation.metrics.holes import hole_feature_distance, hole_psnr, hole_ssim
 from diffratio.evaluation.metrics.images import PAIRED_MINIMUM, psnr, ssim
 from diffratio.evaluation.metrics.nearest import feature_distance, nearest_distance
 from diffratio.evaluation.metrics.optional import OPTIONAL_METRICS, require_package
@@ -135,6 +136,24 @@ METRICS: dict[str, Metric] = {
         "lower",
         PAIRED_MINIMUM,
         lambda e: feature_distance(e.features, e.dense.features) if e.dense else None,
+    ),
+    "hole_psnr": Metric(
+        "peak signal-to-noise ratio to the true picture inside the hole, dB; for inpainting models",
+        "higher",
+        PAIRED_MINIMUM,
+        lambda e: hole_psnr(e.images, e.known) if e.known else None,
+    ),
+    "hole_ssim": Metric(
+        "structural similarity to the true picture, mean over the hole; for inpainting models",
+        "higher",
+        PAIRED_MINIMUM,
+        lambda e: hole_ssim(e.images, e.known) if e.known else None,
+    ),
+    "hole_feature_distance": Metric(
+        "L2 distance of the filled picture's features to the true picture's; for inpainting models",
+        "lower",
+        PAIRED_MINIMUM,
+        lambda e: hole_feature_distance(e.features, e.reference) if e.known else None,
     ),
     "excess_loss": Metric(
         "validation loss minus the dense model's at the same noise, paired", "lower", PAIRED_MINIMUM, _excess_loss
