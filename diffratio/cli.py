@@ -21,7 +21,6 @@ from diffratio.errors import DiffratioError, ReportedElsewhere, Terminated, unkn
 from diffratio.files import configs_folder
 
 KINDS = ("methods", "backbones", "data", "experiments", "checkpoints")
-COLUMNS = 10
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,18 @@ def compare(args: argparse.Namespace) -> Answer:
     cfg = plain_config(compose("compare", args.overrides))
     cfg["dry_run"] = cfg["dry_run"] or args.dry_run
 
-    from diffratio.data.images import ImageData
-    from diffratio.evaluation.compare import CompareSettings, compare_from_config, plan_text
+    from diffratio.data import open_data
+    from diffratio.data.latents import LatentData
+    from diffratio.evaluation.compare import CompareSettings, Latents, compare_from_config, plan_text
 
     settings = CompareSettings.from_config(cfg)  # before any training
     trained = _trained_arms(cfg, settings.to_train, settings.dry_run) if settings.train else []
-    data = ImageData(**cfg["data"])
-    document = compare_from_config(cfg, data.held_out, trained, data.reference, data.conditions)
+    data, latents = open_data(cfg["data"]), None
+    held_out, reference = data.held_out, data.reference
+    if isinstance(data, LatentData):
+        latents = Latents(data.held_out, data.check_pipeline)
+        held_out, reference = data.held_out_pictures, data.reference_pictures
+    document = compare_from_config(cfg, held_out, trained, reference, data.conditions, latents)
     return Answer(document, plan_text(document["plan"]) if "plan" in document else None)
 
 
@@ -165,6 +169,18 @@ def _trained_arms(cfg: Mapping[str, Any], methods: Sequence[str], dry_run: bool)
             )
         train_arms(runs)
     return [TrainedArm(run.name, run.budget, run.seed, str(run.export) if run.finished else None) for run in runs]
+
+
+def precompute(args: argparse.Namespace) -> Answer:
+    """Encodes pictures and captions once: latents and text states in shards, for `data=precomputed`."""
+    from diffratio.training.run import compose, plain_config
+
+    cfg = plain_config(compose("precompute", args.overrides))
+
+    from diffratio.data.precompute import in_words, precompute
+
+    document = precompute(cfg)
+    return Answer(document, in_words(document))
 
 
 def bench(args: argparse.Namespace) -> Answer:
@@ -189,131 +205,9 @@ def export(args: argparse.Namespace) -> Answer:
 
 def sample(args: argparse.Namespace) -> Answer:
     """Samples pictures from a checkpoint into a PNG grid."""
-    from diffratio.files import atomic_file, writable_folder
+    from diffratio.cli_sample import sampled
 
-    out, npz = Path(args.out), Path(args.npz) if args.npz else None
-    if out.suffix != ".png":
-        raise DiffratioError(f"--out {args.out!r}: pictures are written as PNG, give a name that ends in .png")
-    for path in (out, npz):
-        if path is not None:
-            writable_folder(path.parent)
-    if args.labels is not None and args.prompts is not None:
-        raise DiffratioError("--labels asks for classes and --prompts for texts; a model takes one of the two")
-    labels = _labels(args.labels) if args.prompts is None else _prompts(args.prompts)
-    n = args.n if args.n is not None else 40 if args.prompts is None else len(labels or ())
-    if n < 1:
-        raise DiffratioError(f"--n must be at least 1, got {n}")
-
-    import torch
-
-    from diffratio.checkpoint import SamplerSettings, load_pipeline, read_card, resolve
-    from diffratio.sampling.generate import generate, sample_grid, save_npz
-    from diffratio.sampling.known import triples
-
-    place = resolve(args.folder)
-    has_card = isinstance(place, Path) and (place / "card.json").is_file()
-    defaults = read_card(place).sampler if has_card else SamplerSettings()
-    steps = defaults.steps if args.steps is None else args.steps
-    guidance = defaults.guidance_scale if args.guidance is None else args.guidance
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(place, device=_device(device))
-    _fits(pipe, args)
-    known = _known(pipe, args, read_card(place).inpaint if has_card else None, n)
-    chosen = None if labels is None else [labels[i % len(labels)] for i in range(n)]
-    images = generate(
-        pipe,
-        n,
-        seed=args.seed,
-        labels=chosen,
-        batch_size=args.batch_size,
-        steps=steps,
-        guidance_scale=guidance,
-        quiet=args.json,
-        known=known,
-    )
-    grid = sample_grid(images, COLUMNS) if known is None else sample_grid(triples(known, images), 9)
-    with atomic_file(out) as temporary:
-        grid.save(temporary, format="PNG")
-    if npz is not None:
-        save_npz(npz, images)
-    document = {
-        "checkpoint": str(place),
-        "n": n,
-        "seed": args.seed,
-        "steps": steps,
-        "guidance": guidance,
-        "device": device,
-        "out": str(out),
-        "npz": str(npz) if npz else None,
-    }
-    return Answer(document, f"{n} samples in {steps} steps: {out}" + (f" and {npz}" if npz else ""))
-
-
-def _prompts(given: Sequence[str]) -> list[int | str]:
-    """Prompts as they stand, or those of a text file, one a line."""
-    if len(given) == 1 and given[0].endswith(".txt"):
-        try:
-            given = Path(given[0]).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise DiffratioError(
-                f"--prompts {given[0]!r} cannot be read ({error}); give texts, or a .txt file"
-            ) from None
-    prompts: list[int | str] = [line.strip() for line in given if line.strip()]
-    if not prompts:
-        raise DiffratioError("--prompts holds no text; give texts in quotes, or a .txt file with one a line")
-    return prompts
-
-
-def _fits(pipe: Any, args: argparse.Namespace) -> None:
-    """Raises DiffratioError where a model is asked for by what it is not conditioned on."""
-    from diffratio.backbones import backbone_of
-
-    wanted, name = backbone_of(pipe.transformer).condition, str(args.folder)
-    if wanted == "text" and args.prompts is None:
-        raise DiffratioError(f"{name!r} is sampled by text: --prompts 'a text' 'another', or --prompts FILE.txt")
-    if wanted == "class" and args.prompts is not None:
-        raise DiffratioError(f"{name!r} is sampled by class, not by text: --labels 0,3,5, or nothing for all in turn")
-
-
-def _known(pipe: Any, args: argparse.Namespace, settings: Any, n: int) -> Any:
-    """The pictures and masks that an inpainting model fills, n of each; None for other models."""
-    from diffratio.backbones.widening import inpaints
-    from diffratio.inpainting import InpaintSettings, Masks
-    from diffratio.sampling.known import known_of, read_pictures
-
-    if not inpaints(pipe.transformer):
-        if args.image is not None or args.mask is not None:
-            raise DiffratioError(
-                f"{args.folder!r} is no inpainting model: leave --image and --mask out, or train one (inpaint=default)"
-            )
-        return None
-    if args.image is None:
-        raise DiffratioError(f"{args.folder!r} fills holes in pictures: --image FILE.png, and --mask FILE.png or boxes")
-    pictures = read_pictures(args.image)
-    pictures = [pictures[i % len(pictures)] for i in range(n)]
-    mask = args.mask or (settings or InpaintSettings()).mask
-    share = (settings or InpaintSettings()).share
-    masks = Masks(InpaintSettings(mask, share), pipe.transformer.config.sample_size, args.seed)
-    return known_of(pipe.transformer, pictures, masks.fixed(range(n)), n)
-
-
-def _labels(text: str | None) -> list[int | str] | None:
-    if text is None:
-        return None
-    labels = [part.strip() for part in text.split(",")]
-    if not all(labels):
-        raise DiffratioError(f"--labels {text!r} holds an empty name; give class names or numbers such as 0,3,5")
-    return [int(label) if label.isdecimal() else label for label in labels]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise DiffratioError(f"--device {name!r} is not available here; `diffratio doctor` lists the devices") from None
-    return name
+    return Answer(*sampled(args))
 
 
 def doctor(args: argparse.Namespace) -> Answer:
@@ -365,6 +259,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int)
     overrides(one)
     overrides(verb(train))
+    overrides(verb(precompute))
     one = verb(sample)
     one.add_argument("folder", metavar="FOLDER", help="checkpoint folder, name of one that ships, or hub id")
     one.add_argument("--n", type=int, help="number of pictures (default 40, or one a prompt)")
@@ -376,6 +271,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--mask", metavar="FILE|boxes|strokes|mixed", help="white where the hole is, or a shape; default: the card's"
     )
+    one.add_argument("--parts", metavar="FOLDER", help="dense pipeline that has the text encoder and VAE it lacks")
     one.add_argument("--steps", type=int, help="sampling steps; default: the card's")
     one.add_argument("--guidance", type=float, help="classifier-free guidance; default: the card's")
     one.add_argument("--seed", type=int, default=0)

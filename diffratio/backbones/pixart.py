@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from diffratio.backbones.attention import IndexedAttention, TextAttention, index_attention_, plain_attention_
 from diffratio.backbones.base import Patched, register
@@ -72,12 +73,14 @@ class PixArt(Patched):
             "encoder_attention_mask": torch.ones(batch, run.text_tokens, dtype=torch.long, device=like.device),
         }
         if transformer.use_additional_conditions:
-            size = torch.tensor([8.0 * height, 8.0 * width], device=like.device, dtype=like.dtype)
-            arguments["added_cond_kwargs"] = {
-                "resolution": size.repeat(batch, 1),
-                "aspect_ratio": (size[:1] / size[1:]).repeat(batch, 1),
-            }
+            arguments["added_cond_kwargs"] = _sizes(arguments["hidden_states"])
         return arguments
+
+    def predict(self, transformer: nn.Module, inputs: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> Tensor:
+        """As the base class's; large alpha models are told the size of the sample where the condition does not."""
+        if transformer.use_additional_conditions:
+            condition = {"added_cond_kwargs": _sizes(inputs), **condition}
+        return super().predict(transformer, inputs, timestep, condition)
 
     def describe(self, transformer: nn.Module) -> Description:
         """Costs of a block at N image and T text tokens, and of what surrounds the blocks.
@@ -156,3 +159,9 @@ class PixArt(Patched):
     def _attention(self, transformer: nn.Module) -> tuple[list[Any], list[Any]]:
         blocks: Any = self.blocks(transformer)
         return [block.attn1 for block in blocks], [block.attn2 for block in blocks]
+
+
+def _sizes(sample: Tensor) -> dict[str, Tensor]:
+    """Micro-conditions of latents (B, C, H, W): height and width of the picture (B, 2), and their quotient (B, 1)."""
+    size = torch.tensor([8.0 * sample.shape[-2], 8.0 * sample.shape[-1]], device=sample.device, dtype=sample.dtype)
+    return {"resolution": size.repeat(len(sample), 1), "aspect_ratio": (size[:1] / size[1:]).repeat(len(sample), 1)}

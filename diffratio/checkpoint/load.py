@@ -14,7 +14,7 @@ from diffratio.backbones.base import TEXT_TOKENS, Backbone, backbone_of_class
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.adapter import base_place, load_adapter
 from diffratio.checkpoint.card import read_card
-from diffratio.checkpoint.parts import is_text, pipeline_around
+from diffratio.checkpoint.parts import is_text, pipeline_around, scheduler_of
 from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
 from diffratio.conditions import EncoderId
 from diffratio.errors import DiffratioError
@@ -100,7 +100,7 @@ def load_pipeline(
     source: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    parts: str | Path | None = None,
+    parts: Any = None,
     base: str | Path | None = None,
 ) -> Any:
     """A diffusers pipeline with the checkpoint's transformer, scheduler and class names, attached where it is routed.
@@ -113,7 +113,8 @@ def load_pipeline(
         dtype: computing type, as for `load_transformer`.
         device: where it goes.
         parts: of a text-conditional checkpoint that was exported without them: the folder or hub id of the dense
-            pipeline whose text encoders, tokenizers and VAE are taken; an adapter takes those of its base.
+            pipeline whose text encoders, tokenizers and VAE are taken, or such a pipeline, which then shares them; an
+            adapter takes those of its base.
         base: of an adapter, where the weights that it stands on are now; None takes what it names.
 
     Raises:
@@ -129,7 +130,7 @@ def load_pipeline(
             f"{str(place)!r} holds a transformer alone, no {layout.SCHEDULER}/: load_transformer it, then "
             "sampling.pipeline.build_pipeline(transformer, make_scheduler(...))"
         )
-    scheduler = _scheduler(place)
+    scheduler = scheduler_of(place)
     transformer = load_transformer(place, dtype, device, base)
     text = text_of(place)
     if text is not None:
@@ -137,7 +138,8 @@ def load_pipeline(
         return attach_(pipe) if is_applied(transformer) else pipe
     own = base_place(place, base) if layout.is_adapter(place) else place  # where the parts beside the transformer are
     if is_text(transformer):
-        others = resolve_folder(parts) if parts is not None else own
+        others = parts if parts is not None else own
+        others = resolve_folder(others) if isinstance(others, str | Path) else others
         others = _download(others) if isinstance(others, str) else others
         pipe = pipeline_around(transformer, place, others, device)
         return attach_(pipe) if is_applied(transformer) else pipe
@@ -338,20 +340,6 @@ def _download(name: str) -> Path:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _scheduler(folder: Path) -> Any:
-    import diffusers
-
-    path = folder / layout.SCHEDULER / "scheduler_config.json"
-    config = _mapping(path, "scheduler configuration")
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise DiffratioError(f"{str(path)!r}: _class_name {config.get('_class_name')!r} is no scheduler of diffusers")
-    try:
-        return kind.from_config(config)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise DiffratioError(f"{str(path)!r}: {_first_line(error)}") from None
 
 
 def _vae(folder: Path, dtype: torch.dtype | None) -> Any:

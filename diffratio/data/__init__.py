@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diffratio.data.registry import embedded_folder, embedded_sets
 from diffratio.data.subset import balanced_subset
+from diffratio.errors import DiffratioError, unknown
 
 if TYPE_CHECKING:
     from diffratio.data.images import ImageData
+    from diffratio.inpainting import InpaintSettings
 
-__all__ = ["ImageData", "balanced_subset", "embedded_folder", "embedded_sets"]
+__all__ = ["ImageData", "balanced_subset", "embedded_folder", "embedded_sets", "open_data"]
+
+
+def open_data(values: Mapping[str, Any], inpaint: InpaintSettings | None = None) -> ImageData:
+    """The data module of a data config; `kind` says which one, pictures where it says nothing.
+
+    Args:
+        values: the config as plain data.
+        inpaint: how pictures are masked; None leaves them whole.
+
+    Raises:
+        DiffratioError: an unknown kind or key, masks of latents, or what the module raises.
+    """
+    from diffratio.data.images import ImageData
+    from diffratio.data.latents import KIND, LatentData
+
+    kinds: dict[str, type[ImageData]] = {"images": ImageData, KIND: LatentData}
+    given = dict(values)
+    kind = given.pop("kind", "images")
+    if kind not in kinds:
+        raise unknown("data.kind", kind, kinds)
+    if inpaint is not None:
+        if kind == KIND:
+            raise DiffratioError("inpaint masks pictures, and data.kind=precomputed holds latents; train it on pixels")
+        given["inpaint"] = inpaint
+    try:
+        return kinds[kind](**given)
+    except TypeError as error:
+        raise DiffratioError(f"data: {error}") from None
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from diffratio.data.columns import captions_of, class_indices, class_names, unde
 from diffratio.data.registry import embedded_sets
 from diffratio.data.source import open_source
 from diffratio.data.split import ImageFormat, ImageSplit, interleaved
-from diffratio.data.stream import Augmentation, Batch, Cursor, Shard, TrainStream, ValidationStream, to_unit_range
+from diffratio.data.stream import Augmentation, Batch, Cursor, Shard, TrainStream, ValidationStream
 from diffratio.errors import DiffratioError
 from diffratio.inpainting import InpaintSettings, Known, Masks
 
@@ -320,7 +320,7 @@ def _first(split: ImageSplit, n: int) -> tuple[Tensor, Tensor]:
     if not 1 <= n <= len(split):
         raise DiffratioError(f"split {split.name!r} can give 1 to {len(split)} images, asked for {n}; ask for fewer")
     indices = np.arange(n)
-    return to_unit_range(torch.from_numpy(split.pixels(indices))), torch.from_numpy(split.labels[indices])
+    return split.samples(indices), torch.from_numpy(split.labels[indices])
 
 
 def _at_least(argument: str, value: int, least: int, more: str = "") -> None:

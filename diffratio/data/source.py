@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffratio.data.registry import embedded_folder, embedded_sets
 from diffratio.errors import DiffratioError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -42,6 +42,39 @@ def open_source(source: str) -> dict[str, Dataset]:
             "give an existing folder or parquet file, an embedded name, or a hub id owner/name"
         )
     return _hub(source, names)
+
+
+def open_stream(source: str) -> dict[str, IterableDataset]:
+    """Opens a source to be read from the front, as it comes: nothing of it is copied to this machine.
+
+    Args:
+        source: a parquet file, a folder of parquet files or of images, or a hub id; see `open_source`.
+
+    Returns:
+        The splits by name.
+
+    Raises:
+        DiffratioError: nothing found there, it cannot be read or reached, or it is an embedded set.
+    """
+    from datasets import load_dataset
+
+    path = Path(source).expanduser()
+    if source in embedded_sets():
+        raise DiffratioError(f"data source {source!r} is embedded and in memory; leave streaming=true out")
+    options: dict[str, Any] = {}
+    kind = source
+    if path.is_file():
+        kind, options = "parquet", {"data_files": {"train": str(path)}}
+    elif path.is_dir():
+        parquet = any(file.stem != "metadata" for file in path.rglob("*.parquet"))
+        kind, options = ("parquet" if parquet else "imagefolder"), {"data_dir": str(path)}
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise DiffratioError(f"data source {source!r} not found: no such folder or file; give one, or a hub id")
+    try:
+        loaded: Any = load_dataset(kind, streaming=True, **options)
+    except Exception as error:  # the reader's many error types all mean: this cannot be read
+        raise DiffratioError(f"data source {source!r} cannot be streamed ({_brief(error)})") from error
+    return {str(name): split for name, split in loaded.items()}
 
 
 def _embedded(name: str) -> dict[str, Dataset]:

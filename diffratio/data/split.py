@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from diffratio.data.decode import decode
 from diffratio.errors import DiffratioError
@@ -60,6 +62,10 @@ class ImageSplit:
         """Pixels of the samples at these indices, (B, C, H, W) uint8, in their order."""
         return self._held[indices] if self._held is not None else self._decoded(indices)
 
+    def samples(self, indices: NDArray[np.int64]) -> Tensor:
+        """The samples at these indices as a model is trained on them, (B, C, H, W) float32."""
+        return to_unit_range(torch.from_numpy(self.pixels(indices)))
+
     def hold(self) -> None:
         """Decodes all samples once and keeps their pixels in memory."""
         if self._held is None:
@@ -84,6 +90,11 @@ class ImageSplit:
                 f"image in row {row} of split {self.name!r}{where} cannot be decoded "
                 f"({type(error).__name__}: {error}); replace or remove that row or file"
             ) from error
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [-1, 1]; 0 becomes exactly -1 and 255 exactly 1."""
+    return pixels.float().div_(127.5).sub_(1.0)
 
 
 def interleaved(labels: NDArray[np.int64]) -> NDArray[np.int64]:

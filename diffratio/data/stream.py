@@ -86,7 +86,7 @@ class TrainStream(IterableDataset[Batch]):
         """The samples at positions start, ..., start + count - 1."""
         positions = np.arange(start, start + count)
         rows = self.rows(positions)
-        images = _normalised(self.split.pixels(rows))  # (B, C, H, W)
+        images = self.split.samples(rows)  # (B, C, H, W)
         labels = torch.from_numpy(self.split.labels[rows])  # (B,)
         mirrored, dropped = uniforms(self.seed, start, count)[:, :2].T
         if self.augmentation.flip:
@@ -136,7 +136,7 @@ class ValidationStream(IterableDataset[Batch]):
             start = first + self.shard.rank * count
             rows = np.arange(start, start + count) % len(self.split)
             yield {
-                "images": _normalised(self.split.pixels(rows)),
+                "images": self.split.samples(rows),
                 "labels": torch.from_numpy(self.split.labels[rows]),
                 "positions": torch.from_numpy(rows),
                 **({} if self.masks is None else {"masks": self.masks.fixed(rows)}),
@@ -153,15 +153,6 @@ def uniforms(seed: int, start: int, count: int) -> NDArray[np.float64]:
     """
     raw = np.random.Philox(key=seed, counter=start).random_raw(4 * count)
     return np.ldexp((raw.reshape(count, 4) >> np.uint64(11)).astype(np.float64), -53)
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [-1, 1]; 0 becomes exactly -1 and 255 exactly 1."""
-    return pixels.float().div_(127.5).sub_(1.0)
-
-
-def _normalised(pixels: NDArray[np.uint8]) -> Tensor:
-    return to_unit_range(torch.from_numpy(pixels))
 
 
 def _worker() -> tuple[int, int]:

@@ -16,6 +16,7 @@ from diffratio.errors import DiffratioError
 from diffratio.files import atomic_file
 from diffratio.inpainting import Known
 from diffratio.sampling.processes import process_state as _processes
+from diffratio.sampling.prompted import prompted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -229,8 +230,12 @@ def _batch(
 ) -> Tensor:
     """Pictures (B, C, H, W) in [0, 1]."""
     common = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "output_type": "pt"}
+    config = pipe.transformer.config
+    if hasattr(pipe, "vae") and hasattr(pipe, "text_encoder"):
+        noise = initial_noise(seed, indices, (config.in_channels, config.sample_size, config.sample_size))
+        generators = [sample_generator(seed, index, _STEPS) for index in indices]
+        return prompted(pipe, labels, noise, generators, steps, guidance_scale)
     if not hasattr(pipe, "vae"):
-        config = pipe.transformer.config
         channels = image_channels(pipe.transformer)
         noise = initial_noise(seed, indices, (channels, config.sample_size, config.sample_size))
         generators = [sample_generator(seed, index, _STEPS) for index in indices]

@@ -94,7 +94,7 @@ class PixelPipeline(DiffusionPipeline):
             if guided:
                 model_input = torch.cat([model_input, model_input])
             timestep = times[step].expand(len(model_input))
-            output = self.transformer(model_input, timestep=timestep, **arguments, return_dict=False)[0]
+            output = self._predict(model_input, timestep, arguments)
             prediction = self._guide(output.float(), x.shape[1], guidance_scale)
             x = self.scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
 
@@ -103,6 +103,11 @@ class PixelPipeline(DiffusionPipeline):
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The transformer's output, (B or 2B, C or 2C, H, W)."""
+        output: Tensor = self.transformer(inputs, timestep=timestep, **arguments, return_dict=False)[0]
+        return output
 
     def decode(self, x: Tensor, output_type: str = "pt") -> Any:
         """Pictures of samples.

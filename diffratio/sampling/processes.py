@@ -51,6 +51,11 @@ class Team:
         return 1 if self._state is None else int(self._state.num_processes)
 
     @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return 0 if self._state is None else int(self._state.process_index)
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the process that measures, times and writes."""
         return self._state is None or bool(self._state.is_main_process)

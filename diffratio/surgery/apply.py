@@ -53,7 +53,9 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
     description = backbone.describe(transformer)
     methods = [one.method(one, description) for one in configs]
     for one, method in zip(configs, methods, strict=True):
-        if getattr(one, "router_sees_mask", False) and not (inpaints(transformer) and len(getattr(method, "routers", []))):
+        if getattr(one, "router_sees_mask", False) and not (
+            inpaints(transformer) and len(getattr(method, "routers", []))
+        ):
             raise DiffratioError(
                 f"{method.name}: router_sees_mask=true is for routers of inpainting models (inpaint=default), and here "
                 f"{'are no routers' if inpaints(transformer) else 'is no mask'}; leave it out"

@@ -21,7 +21,9 @@ from diffratio.conditions import Captions
 from diffratio.cost.macs import CostTable, Description, macs_table, ratio_table
 from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.cost.table import LatencyTable, load_cost_table
+from diffratio.data import open_data
 from diffratio.data.images import ImageData
+from diffratio.data.latents import LatentData
 from diffratio.errors import DiffratioError, unknown
 from diffratio.inpainting import InpaintSettings
 from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods, solve_for_budget
@@ -30,6 +32,7 @@ from diffratio.routing.schedule import KeepSchedule
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
 from diffratio.training.health import RoutingHealth
 from diffratio.training.inpaint import sees_holes_
+from diffratio.training.latents import base_scheduler, check_latents
 from diffratio.training.logs import RunCSVLogger
 from diffratio.training.lora import base_weights
 from diffratio.training.module import Training, dense_copy
@@ -68,10 +71,7 @@ def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
 
 def build_data(cfg: Config) -> ImageData:
     """The data module."""
-    try:
-        return ImageData(**cfg["data"], inpaint=inpaint_settings(cfg))
-    except TypeError as error:
-        raise DiffratioError(f"data: {error}") from None
+    return open_data(cfg["data"], inpaint_settings(cfg))
 
 
 def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool = True) -> nn.Module:
@@ -91,7 +91,9 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     if not backbone.matches(transformer):
         raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
     sees_holes_(transformer, cfg, inpaint_settings(cfg))
-    if data is not None:
+    if isinstance(data, LatentData):
+        check_latents(transformer, data, settings["source"], cfg["objective"]["name"])
+    elif data is not None:
         size, channels = cfg["data"]["image_size"], cfg["data"]["channels"]
         backbone.grid(transformer, torch.empty(1, channels, size, size, device="meta"))
         config: Any = transformer.config
@@ -273,6 +275,10 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     shown = (conditions, inpaint_settings(cfg))
     module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard, *shown)
     module.base = base
+    if isinstance(data, LatentData) and module.backbone.condition == "class":
+        module.coder = data.coder
+    elif isinstance(data, LatentData):
+        module.scheduler = base_scheduler(cfg["backbone"]["source"])
     if module.learning_ratios:
         assert module.keep_ratios is not None
         lowest = module.projection.lowest(*module.keep_ratios.rho.shape)

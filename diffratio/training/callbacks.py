@@ -13,7 +13,9 @@ from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffratio.conditions import Captions
+from diffratio.data.latents import LatentData
 from diffratio.files import atomic_file
+from diffratio.training.latents import latent_samples
 from diffratio.training.logs import RunCSVLogger, rewind_table
 from diffratio.training.module import Training
 
@@ -156,7 +158,7 @@ class Pictures(Callback):
         """Writes the pictures of the present step."""
         from diffratio.backbones.widening import image_channels
         from diffratio.methods.routed import RoutedMethod
-        from diffratio.sampling.generate import generate, sample_grid
+        from diffratio.sampling.generate import generate
         from diffratio.sampling.known import triples
         from diffratio.sampling.pipeline import build_pipeline
         from diffratio.sampling.schedulers import default_sampler, make_scheduler
@@ -169,8 +171,13 @@ class Pictures(Callback):
         for average in averages:
             average.swap_in(module)
         try:
-            if image_channels(module.transformer) <= 3:
-                data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            if isinstance(data, LatentData):
+                n, settings = min(self.n, data.held_out_size), {"steps": self.steps}
+                with torch.no_grad(), trainer.precision_plugin.forward_context():
+                    images = latent_samples(module, data, n, settings | {"guidance_scale": self.guidance_scale})
+                self._save(images, 10)
+            elif image_channels(module.transformer) <= 3:
                 sampler = default_sampler(module.objective.name)
                 captions = module.conditions if isinstance(module.conditions, Captions) else None
                 pipe = build_pipeline(
@@ -200,8 +207,7 @@ class Pictures(Callback):
                     )
                 if known is not None:  # original, masked, filled
                     images, columns = triples(known, images), 9
-                with atomic_file(self.folder / f"samples-{self.last:06d}.png") as path:
-                    sample_grid(images, columns=min(columns, len(images))).save(path, format="PNG")
+                self._save(images, columns)
             if isinstance(module.method, RoutedMethod):
                 table: Any = module.method.bins
                 if module.learning_ratios and module.keep_ratios is not None:
@@ -211,6 +217,12 @@ class Pictures(Callback):
             for average in averages:
                 average.swap_out(module)
             module.transformer.train(was)
+
+    def _save(self, images: torch.Tensor, columns: int) -> None:
+        from diffratio.sampling.generate import sample_grid
+
+        with atomic_file(self.folder / f"samples-{self.last:06d}.png") as path:
+            sample_grid(images, columns=min(columns, len(images))).save(path, format="PNG")
 
     def _heat_map(self, table: Any) -> None:
         try:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffratio.checkpoint import export, export_adapter
 from diffratio.conditions import Captions, Conditions
+from diffratio.conditions.mapped import MappedCaptions
 from diffratio.errors import DiffratioError
-from diffratio.sampling.schedulers import default_sampler, make_scheduler
+from diffratio.sampling.schedulers import default_sampler, make_scheduler, sampler_of
 from diffratio.surgery import adapter_layers
 from diffratio.training.build import build_data, build_module
 from diffratio.training.latency import with_own_table
@@ -24,7 +25,9 @@ from diffratio.training.saving import read_resumable
 
 def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Conditions) -> dict[str, Any]:
     """The card of a run's checkpoint."""
-    text = dataclasses.asdict(conditions.encoder) if isinstance(conditions, Captions) else None
+    # models in latent space are sampled by a pipeline that has its own encoder
+    mapped = isinstance(conditions, MappedCaptions)
+    text = dataclasses.asdict(conditions.encoder) if isinstance(conditions, Captions) and not mapped else None
     return {
         "name": plain["name"],
         "backbone": plain["backbone"]["name"],
@@ -34,7 +37,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
             "steps": plain["budget"]["steps"],
             "guidance_scale": 2.0 if plain["budget"]["guidance"] else 1.0,
         },
-        "data": plain["data"]["name"] or plain["data"]["source"],
+        "data": result.get("data") or plain["data"]["name"] or plain["data"]["source"],
         "class_names": result.get("class_names", []),
         "text": text,
         "inpaint": plain["inpaint"] if (plain.get("inpaint") or {}).get("mask") else None,
@@ -67,10 +70,19 @@ def final_losses(module: Training, data: Any, n: int) -> dict[str, Tensor]:
     return module.held_out_losses(data, n)
 
 
+def _sampled(module: Training, card: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The scheduler that goes into the folder, and the card that names it."""
+    settings = card["sampler"]
+    if module.scheduler is None:
+        return card, make_scheduler(settings["name"], card["objective"])
+    return card | {"sampler": settings | {"name": sampler_of(module.scheduler)[0]}}, module.scheduler
+
+
 def export_module(module: Training, out: Path, card: dict[str, Any], dtype: torch.dtype | None = None) -> Path:
     """Writes a module's transformer as a checkpoint folder, with LoRA in the weights."""
-    sampler = make_scheduler(card["sampler"]["name"], card["objective"])
-    return export(module.transformer, out, card=card, scheduler=sampler, dtype=dtype)
+    card, sampler = _sampled(module, card)
+    vae = module.coder().vae if module.coder is not None else None
+    return export(module.transformer, out, card=card, scheduler=sampler, dtype=dtype, vae=vae)
 
 
 def export_module_adapter(module: Training, out: Path, card: dict[str, Any], dtype: torch.dtype | None = None) -> Path:
@@ -86,7 +98,7 @@ def export_module_adapter(module: Training, out: Path, card: dict[str, Any], dty
             "--adapter: the base of this run had random weights (backbone.source=null), which cannot be loaded again; "
             "leave it out to export them merged"
         )
-    sampler = make_scheduler(card["sampler"]["name"], card["objective"])
+    card, sampler = _sampled(module, card)
     return export_adapter(module.transformer, out, module.base, card=card, scheduler=sampler, dtype=dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from diffratio.objectives import Noised, Objective, noise_levels, sample_draws
 from diffratio.objectives.validation import PARTS, part_losses
 from diffratio.routing.ratios import BudgetProjection
 from diffratio.routing.schedule import KeepSchedule
+from diffratio.sampling.vae import LatentCoder
 from diffratio.surgery import attachment, drop_root_module_
 from diffratio.training.guard import NonFiniteGuard
 from diffratio.training.lora import leave_base_, put_base_
@@ -90,6 +92,8 @@ class Training(LightningModule):
         if optimizer.weights == "none":
             for name, parameter in transformer.named_parameters():
                 parameter.requires_grad_(".router." in name or name.startswith("keep_ratios"))
+        self.coder: Callable[[], LatentCoder] | None = None  # gives the VAE that is exported along
+        self.scheduler: Any = None  # that the export is sampled with; None takes the card's
         self.base: BaseWeights | None = None  # what LoRA stands on, where that can be loaded again
         self.rounding: dict[str, float] = {}
         self.probe_n = probe_n

@@ -270,6 +270,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     from lightning.pytorch.utilities import rank_zero_only
 
+    from diffratio.data.latents import LatentData
     from diffratio.training.build import build_data, build_module, build_trainer
     from diffratio.training.latency import keep_table, with_own_table
     from diffratio.training.saving import LAST, present, read_resumable, resumable
@@ -296,6 +297,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     module = build_module(plain, data)
     for loader in (data.train_dataloader, data.val_dataloader):  # a damaged picture shows before anything is written
         loader()
+    if isinstance(data, LatentData):
+        data.coder()  # that the run's pictures need at its end
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = build_trainer(plain, folder, module.optimizer_settings)
     if trainer.world_size > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -364,10 +367,11 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
     cost = module.method.macs(module.run)
     result = {
         "name": plain["name"],
+        "data": trainer.datamodule.name,
         "method": module.method.name,
         "steps": trainer.global_step,
         "seconds": round(seconds, 1),
-        "class_names": names if len(names) == plain["data"]["num_classes"] else [],
+        "class_names": names if len(names) == trainer.datamodule.num_classes else [],
         "macs_fraction": cost.fraction,
         "budget": plain["budget"]["target"],
         "budget_unit": module.budget.unit,

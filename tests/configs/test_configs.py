@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 
 from diffratio.bench.settings import SECTIONS, BenchSettings, expanded
 from diffratio.data.images import ImageData
+from diffratio.data.latents import LatentData
+from diffratio.data.precompute import PrecomputeSettings
 from diffratio.errors import DiffratioError
 from diffratio.files import configs_folder
 from diffratio.inpainting import InpaintSettings
@@ -28,7 +30,8 @@ ROOT = configs_folder()
 FILES = sorted(ROOT.rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiment").glob("*.yaml"))]
-VERBS = ("train", "compare", "bench")
+VERBS = ("train", "compare", "bench", "precompute")
+NEEDED = {"bench": (), "precompute": ("data.source=here", "vae=here", "out=here")}  # others: data.source
 MEMBERS = [(path.parent.name, path.stem) for path in FILES if path.parent != ROOT]
 
 
@@ -57,7 +60,7 @@ def test_every_experiment_passes_the_check(name: str) -> None:
 @pytest.mark.parametrize(("group", "member"), MEMBERS, ids=["/".join(pair) for pair in MEMBERS])
 def test_every_member_composes(group: str, member: str) -> None:
     verb = next((verb for verb in VERBS if member.endswith(f"_{verb}")), "train")
-    cfg = compose(verb, [f"{group}={member}", *(["data.source=here"] if verb != "bench" else [])])
+    cfg = compose(verb, [f"{group}={member}", *NEEDED.get(verb, ["data.source=here"])])
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     own = {key: value for key, value in values_of(ROOT / group / f"{member}.yaml").items() if key != "defaults"}
@@ -106,6 +109,14 @@ def test_bench_file_holds_the_defaults() -> None:
             assert (tuple(value) if isinstance(value, list) else value) == fields[key], key
 
 
+def test_precompute_file_holds_the_defaults() -> None:
+    values = values_of(ROOT / "precompute.yaml")
+    fields = {field.name: field.default for field in dataclasses.fields(PrecomputeSettings)}
+    assert set(values) - {"defaults", "seed"} == set(fields)
+    for key, default in fields.items():
+        assert values[key] == ("???" if default is dataclasses.MISSING else default), key
+
+
 def test_trainer_keys_are_lightnings() -> None:
     accepted = set(inspect.signature(Trainer.__init__).parameters)
     own = set(values_of(ROOT / "trainer" / "default.yaml"))
@@ -115,7 +126,9 @@ def test_trainer_keys_are_lightnings() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_data_keys_are_those_of_the_module(path: Path) -> None:
-    assert set(values_of(path)) - {"defaults"} <= set(inspect.signature(ImageData.__init__).parameters)
+    values = values_of(path)
+    module = LatentData if values.pop("kind", None) == "precomputed" else ImageData
+    assert set(values) - {"defaults"} <= set(inspect.signature(module.__init__).parameters)
 
 
 def test_budget_and_optimizer_files_hold_the_defaults() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffratio.evaluation.compare.plan import plan_text
-from diffratio.evaluation.compare.running import compare_from_config
+from diffratio.evaluation.compare.running import Latents, compare_from_config
 from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm
 
-__all__ = ["CompareSettings", "TrainedArm", "compare_from_config", "plan_text"]
+__all__ = ["CompareSettings", "Latents", "TrainedArm", "compare_from_config", "plan_text"]

@@ -8,7 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from torch import nn
 
 from diffratio import surgery
 from diffratio.backbones import backbone_of
@@ -123,7 +125,8 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     Raises:
         DiffratioError: a checkpoint that is missing, of the wrong kind, or of another objective.
     """
-    base = _load(settings.weights, "weights", device)
+    base = _load(settings.weights, "weights", device, settings.parts)
+    shared = base if hasattr(base, "text_encoder") else None  # one text encoder and VAE for all arms
     run = _dense_run(base, settings)
     objective = _objective(settings.weights)
     found = [_ready(base, Arm(DENSE, settings.weights, {"name": DENSE}, weights_sha256=_digest(settings.weights)), run)]
@@ -133,7 +136,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
         assert source is not None
         _same_objective(source, objective, settings.weights)
         arm = Arm(FINETUNED, source, {"name": DENSE}, True, _steps_of(source), _digest(source))
-        controls.append(_ready(_load(source, "finetuned", device), arm, run, seed=seed, partner=found[0]))
+        controls.append(_ready(_load(source, "finetuned", device, shared), arm, run, seed=seed, partner=found[0]))
     found += controls
 
     def control(seed: int | None) -> Contender:
@@ -143,7 +146,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     for one in [*routed, *(one for one in trained if one.name != FINETUNED and one.folder)]:
         assert one.folder is not None
         _same_objective(one.folder, objective, settings.weights)
-        found.append(_routed(one, device, run, found, control, settings.mapped))
+        found.append(_routed(one, device, run, found, control, settings.mapped, shared))
     sensitivity = _map(settings, base, run) if settings.mapped else None
     for weights in [found[0], *controls]:
         mark = "" if weights is found[0] else "@finetuned"
@@ -155,12 +158,18 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
 
 def with_method(pipe: Any, config: MethodConfig) -> Any:
     """A pipeline of its own with the method applied and attached; the weights are shared, not copied."""
-    shared = [*pipe.transformer.parameters(), *pipe.transformer.buffers()]
-    own = copy.deepcopy(pipe, {id(tensor): tensor for tensor in shared})
+    own = copy.deepcopy(pipe, _shared(pipe))
     surgery.apply_(own.transformer, config)
     if not isinstance(config, Dense | FewerSteps):
         surgery.attach_(own)
     return own
+
+
+def _shared(pipe: Any) -> dict[int, Any]:
+    """What copies of a pipeline share: the transformer's weights, and all models that no method changes."""
+    weights = [*pipe.transformer.parameters(), *pipe.transformer.buffers()]
+    others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.transformer]
+    return {id(one): one for one in (*weights, *others)}
 
 
 def _ready(
@@ -185,10 +194,11 @@ def _routed(
     found: Sequence[Contender],
     control: Any,
     untrained: Sequence[str],
+    parts: Any = None,
 ) -> Contender:
     source = one.folder
     assert source is not None
-    pipe = load_pipeline(source, device=device)
+    pipe = load_pipeline(source, device=device, parts=parts)
     if not surgery.is_applied(pipe.transformer):
         raise DiffratioError(f"routed: {source!r} is a dense checkpoint; routed takes what `diffratio export` wrote")
     config = surgery.attachment(pipe.transformer).token_method.config
@@ -237,17 +247,13 @@ def _training_free(
 
 def compiled_copy(one: Contender) -> Any:
     """A pipeline of the same arm whose blocks are compiled; the weights are shared."""
-    shared = [*one.pipe.transformer.parameters(), *one.pipe.transformer.buffers()]
-    if one.method is None:
-        pipe = with_method(one.pipe, Dense())
-    else:
-        pipe = copy.deepcopy(one.pipe, {id(tensor): tensor for tensor in shared})
+    pipe = with_method(one.pipe, Dense()) if one.method is None else copy.deepcopy(one.pipe, _shared(one.pipe))
     surgery.compile_(pipe.transformer)
     return pipe
 
 
-def _load(source: str, key: str, device: str) -> Any:
-    pipe = load_pipeline(source, device=device)
+def _load(source: str, key: str, device: str, parts: Any = None) -> Any:
+    pipe = load_pipeline(source, device=device, parts=parts)
     if surgery.is_applied(pipe.transformer):
         raise DiffratioError(
             f"{key}={source!r} is a routed checkpoint; it takes a dense one, and this goes into routed=[...]"
@@ -275,7 +281,8 @@ def _digest(source: str) -> str | None:
     path = resolve(source)
     if isinstance(path, str):
         return None
-    files = sorted(Path(path).rglob("*.safetensors"))
+    own = Path(path) / "transformer"  # of a pipeline with a text encoder of many GB
+    files = sorted((own if own.is_dir() else Path(path)).rglob("*.safetensors"))
     digests = [sha256(file) for file in files]
     if len(digests) < 2:
         return digests[0] if digests else None
@@ -284,13 +291,18 @@ def _digest(source: str) -> str | None:
 
 def _steps_of(source: str) -> int | None:
     path = resolve(source)
-    steps = None if isinstance(path, str) else read_card(path).training.get("steps")
+    steps = read_card(path).training.get("steps") if _has_card(path) else None
     return steps if isinstance(steps, int) else None
+
+
+def _has_card(path: Path | str) -> TypeGuard[Path]:
+    """Whether a place is a folder of ours; a pipeline of diffusers has no card."""
+    return isinstance(path, Path) and (path / "card.json").is_file()
 
 
 def _objective(source: str) -> str:
     path = resolve(source)
-    return "noise" if isinstance(path, str) else read_card(path).objective
+    return read_card(path).objective if _has_card(path) else "noise"
 
 
 def _same_objective(source: str, objective: str, weights: str) -> None:

@@ -53,6 +53,7 @@ class Referee:
         data: name of the data set.
         train: n -> training images and labels, for the nearest-image distance; None leaves it out.
         conditions: what labels stand for; None takes them for classes.
+        losses_on: the same as `held_out` for validation losses, in latent space; None takes `held_out`.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Referee:
         data: str | None = None,
         train: HeldOut | None = None,
         conditions: Conditions | None = None,
+        losses_on: HeldOut | None = None,
     ) -> None:
+        self.losses_on = losses_on or held_out
         self.data, self.train = data, train
         self.settings, self.lineup, self.folder, self.extractor = settings, lineup, folder, extractor
         self.held_out, self.device, self.say = held_out, device, say
@@ -276,7 +279,7 @@ class Referee:
             self._losses[one.key] = kept["losses"]
             return
         objective = get_objective(self.lineup.objective)
-        images, labels = self.held_out(self.settings.validation_n)
+        images, labels = self.losses_on(self.settings.validation_n)
         transformer = one.pipe.transformer
         family = backbone_of(transformer)
 

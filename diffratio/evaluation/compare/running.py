@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from diffratio.backbones import backbone_of
 from diffratio.conditions import Captions, Conditions
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup, line_up
@@ -32,12 +34,32 @@ from diffratio.sampling.text import PixelTextPipeline
 Cell = tuple[int, Contender]
 
 
+@dataclass(frozen=True)
+class Latents:
+    """What a comparison of models in latent space needs beside pictures.
+
+    Args:
+        held_out: n -> held-out latents (n, C, h, w) as the transformer takes them, and labels (n,).
+        check: (pipeline, its name) -> nothing; raises DiffratioError where its VAE or text encoder is another one.
+    """
+
+    held_out: HeldOut
+    check: Callable[[Any, str], None]
+
+    def check_all(self, lineup: Lineup) -> None:
+        """Checks every arm."""
+        for one in lineup.contenders:
+            if one.pipe is not None:
+                self.check(one.pipe, one.arm.weights)
+
+
 def compare_from_config(
     cfg: Mapping[str, Any],
     held_out: HeldOut,
     trained: Sequence[TrainedArm] = (),
     train: HeldOut | None = None,
     conditions: Conditions | None = None,
+    latents: Latents | None = None,
 ) -> dict[str, Any]:
     """Runs a comparison, or what is missing of it.
 
@@ -50,6 +72,7 @@ def compare_from_config(
         trained: arms that were fine-tuned for this comparison; those without a folder are planned only.
         train: the same for training images, which the nearest-image distance needs; None leaves it out.
         conditions: what labels stand for; None takes them for classes. Captions of held-out images are the prompts.
+        latents: of models in latent space, what losses are taken on; the images above are decoded ones then.
 
     Returns:
         Paths of the report and a row of key figures for each record; with `dry_run` the plan. Empty in all processes
@@ -66,11 +89,13 @@ def compare_from_config(
     team = Team()
     device = team.device(settings.device)
     lineup = team.together(lambda: line_up(settings, device, trained))
+    if latents is not None:
+        team.together(lambda: latents.check_all(lineup))
     if isinstance(conditions, Captions):
         _ask(lineup, conditions, held_out(settings.reference_n)[1])
     give_holes_(lineup, true_pictures(settings, held_out, int((cfg.get("data") or {}).get("seed") or 0)))
     folder = Path(cfg["paths"]["output_dir"])
-    comparison = _Comparison(settings, lineup, folder, held_out, train, team, device, conditions)
+    comparison = _Comparison(settings, lineup, folder, held_out, train, team, device, conditions, latents)
     plan = team.on_main(lambda: comparison.open(cfg, pending))
     if settings.dry_run:
         return plan if team.is_main else {}
@@ -90,8 +115,9 @@ class _Comparison:
         team: Team,
         device: str,
         conditions: Conditions | None,
+        latents: Latents | None,
     ) -> None:
-        self.conditions = conditions
+        self.conditions, self.latents = conditions, latents
         self.settings, self.lineup, self.path, self.team, self.device = settings, lineup, path, team, device
         self.held_out, self.train = held_out, train
         self.cells = lineup.cells(settings.seeds)
@@ -129,6 +155,7 @@ class _Comparison:
             (cfg.get("data") or {}).get("name"),
             self.train,
             self.conditions,
+            None if self.latents is None else self.latents.held_out,
         )
         return {"plan": plan}
 
@@ -266,6 +293,8 @@ def _ask(lineup: Lineup, captions: Captions, labels: Tensor) -> None:
                     f"set data.text.encoder={one.pipe.text.name} data.text.tokens={one.pipe.text.tokens}"
                 )
             one.pipe.prompts = texts
+        elif one.pipe is not None and backbone_of(one.pipe.transformer).condition == "text":
+            one.pipe.prompts = texts  # its own encoder was compared with the captions' already
 
 
 def define(

@@ -65,6 +65,7 @@ class CompareSettings:
     train_methods: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     map: str | None = None
+    parts: str | None = None
     train_n: int = 2000
 
     def __post_init__(self) -> None:
