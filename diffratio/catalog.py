@@ -24,6 +24,11 @@ METHODS: dict[str, tuple[str, str]] = {
 # name -> (module, class of the transformer in diffusers, one line); importing diffusers waits until a family is used
 FAMILIES: dict[str, tuple[str, str, str]] = {
     "dit": ("diffratio.backbones.dit", "DiTTransformer2DModel", "DiT: class-conditional, one stream, adaLN-Zero"),
+    "flux": (
+        "diffratio.backbones.flux",
+        "FluxTransformer2DModel",
+        "FLUX.1: image and text streams in joint attention, then one stream of both; guidance-distilled",
+    ),
     "pixart": (
         "diffratio.backbones.pixart",
         "PixArtTransformer2DModel",

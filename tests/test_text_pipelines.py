@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from text_pipelines import PIPELINES, TEXT_TOKENS, pictures, tiny_pipeline
 
 import diffratio
-from diffratio.backbones import get_backbone
+from diffratio.backbones import backbone_of, get_backbone
 from diffratio.cost.count import count_macs
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
@@ -24,17 +25,20 @@ GRID = TokenGrid(4, 4)
 KINDS = tuple(PIPELINES)
 SAMPLED = [
     *((kind, name) for kind in ("alpha", "sigma") for name in ("dense", "mod", "tome", "sdtm", "importance")),
-    *((kind, "guidance_interval") for kind in KINDS),
-    ("sd3", "mod"),
-    ("sd3", "tome"),
+    *((kind, "guidance_interval") for kind in ("alpha", "sigma", "sd3")),
+    *((kind, name) for kind in ("sd3", "flux") for name in ("mod", "tome")),
+    ("flux", "sdtm"),
 ]
 
 
 def run_of(pipe: Any, grid: TokenGrid = GRID, steps: int = 5) -> SamplingRun:
     """What the pipeline of these tests samples."""
+    kind = next(kind for kind, cls in PIPELINES.items() if isinstance(pipe, cls))
+    if kind == "flux":  # no guidance halves, and levels that follow the number of tokens
+        run = get_backbone(kind).default_run(pipe.transformer, steps)
+        return replace(run, grid=grid, text_tokens=TEXT_TOKENS[kind])
     pipe.scheduler.set_timesteps(steps)
     levels = tuple((pipe.scheduler.timesteps.float() / 1000).tolist())
-    kind = next(kind for kind, cls in PIPELINES.items() if isinstance(pipe, cls))
     return SamplingRun(levels, grid, "cfg", TEXT_TOKENS[kind])
 
 
@@ -42,7 +46,7 @@ def routed(kind: str = "alpha", **changes: Any) -> Any:
     """A pipeline routed at 0.8 of the dense MACs, with routers that have an opinion."""
     pipe = tiny_pipeline(kind, **changes)
     diffratio.apply_(pipe, diffratio.for_budget("mod", pipe.transformer, 0.8, run=run_of(pipe)))
-    for block in pipe.transformer.transformer_blocks:
+    for block in backbone_of(pipe.transformer).blocks(pipe.transformer):
         torch.nn.init.normal_(block.router.weight)
     return diffratio.attach_(pipe)
 
@@ -90,6 +94,50 @@ def test_pictures_of_another_size_are_sampled_on_their_own_grid() -> None:
     diffratio.attach_(diffratio.apply_(pipe, config))
     counted = count_macs(pipe.transformer, lambda: pictures(pipe, **size))
     assert counted == pytest.approx(2 * diffratio.macs(pipe.transformer, run=run).total, rel=1e-3)
+
+
+def test_flux_opens_its_run_on_the_levels_and_the_grid_that_are_sampled() -> None:
+    """Its scheduler is given sigmas and a shift by the pipeline, and the grid stands in img_ids."""
+    pipe = tiny_pipeline("flux")
+    size = {"height": 24, "width": 16, "num_inference_steps": 4}
+    dense = pictures(pipe, **size)
+    read = ("set_timesteps", "step")  # pipelines look there for sigmas, eta and a generator
+    signatures = [inspect.signature(getattr(pipe.scheduler, name)) for name in read]
+    diffratio.attach_(diffratio.apply_(pipe, diffratio.Dense()))
+    assert [inspect.signature(getattr(pipe.scheduler, name)) for name in read] == signatures
+    seen: list[tuple[SamplingRun | None, int, TokenGrid]] = []
+    state = attachment(pipe.transformer)
+    state.token_method.end_step = lambda output, ctx: seen.append((ctx.run, ctx.step, ctx.grid))  # type: ignore
+    reads: list[int] = []
+    backbone, flux = type(state.backbone), state.backbone
+    state.backbone.grid_of = lambda *args: (reads.append(args[2] is None), backbone.grid_of(flux, *args))[1]  # type: ignore
+    try:
+        assert torch.equal(pictures(pipe, **size), dense)
+    finally:
+        del state.backbone.grid_of
+    assert [step for _, step, _ in seen] == [0, 1, 2, 3]
+    assert reads == [True, False, False, False]  # img_ids are read once
+    run = seen[0][0]
+    assert run is not None and run.guidance == "none" and {grid for _, _, grid in seen} == {TokenGrid(6, 4)}
+    assert run.noise_levels == pytest.approx((pipe.scheduler.timesteps / 1000).tolist())
+    pictures(pipe, num_inference_steps=4)
+    expected = get_backbone("flux").default_run(pipe.transformer, 4).noise_levels
+    assert (pipe.scheduler.timesteps / 1000).tolist() == pytest.approx(expected)
+
+
+def test_guidance_beside_the_distilled_one_is_two_forwards_a_step() -> None:
+    pipe = tiny_pipeline("flux")
+    true = {"true_cfg_scale": 2.0, "negative_prompt": ["a cow", "a hen"]}
+    diffratio.attach_(diffratio.apply_(pipe, diffratio.MoD(keep=0.55)))
+    assert not torch.equal(pictures(pipe, **true), pictures(pipe))
+    diffratio.remove_(pipe)
+    diffratio.attach_(diffratio.apply_(pipe, diffratio.SDTM()))
+    with pytest.raises(DiffratioError, match="sdtm keeps state .* true_cfg_scale above 1 makes two forwards"):
+        pictures(pipe, **true)
+    diffratio.remove_(pipe)
+    diffratio.attach_(diffratio.apply_(pipe, diffratio.LiteUncond(keep=0.5)))
+    with pytest.raises(DiffratioError, match="lite_uncond needs classifier-free guidance, and pipelines of flux"):
+        pictures(pipe)
 
 
 def test_the_size_may_not_change_within_a_run() -> None:

@@ -10,12 +10,14 @@ from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -27,8 +29,13 @@ from diffratio.backbones import get_backbone
 
 TEXT = 12  # text tokens of T5
 CLIP = 8  # and of the CLIP encoders, before them
-PIPELINES = {"alpha": PixArtAlphaPipeline, "sigma": PixArtSigmaPipeline, "sd3": StableDiffusion3Pipeline}
-TEXT_TOKENS = {"alpha": TEXT, "sigma": TEXT, "sd3": CLIP + TEXT}
+PIPELINES = {
+    "alpha": PixArtAlphaPipeline,
+    "sigma": PixArtSigmaPipeline,
+    "sd3": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+}
+TEXT_TOKENS = {"alpha": TEXT, "sigma": TEXT, "sd3": CLIP + TEXT, "flux": TEXT}
 _LETTERS = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in ascii_lowercase)]
 
 
@@ -37,6 +44,8 @@ def tiny_pipeline(kind: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     if kind == "sd3":
         return _stable_diffusion_3(**changes)
+    if kind == "flux":
+        return _flux(**changes)
     sizes = {"in_channels": 4, "out_channels": 8, "num_layers": 4} | changes
     pipe = PIPELINES[kind](
         tokenizer=T5Tokenizer(vocab=_LETTERS, extra_ids=0),
@@ -53,7 +62,7 @@ def _stable_diffusion_3(**changes: Any) -> Any:
     """SD3.5's parts: two CLIP encoders, whose channels stand side by side, and T5 after them."""
     sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 4} | changes
     clip = [{"tokenizer": _clip_tokenizer(), "text_encoder": _clip(channels)} for channels in (4, 8)]
-    vae = _vae()
+    vae = _vae(shift=0.1)
     pipe = StableDiffusion3Pipeline(
         **clip[0],
         **{f"{name}_2": part for name, part in clip[1].items()},
@@ -67,14 +76,30 @@ def _stable_diffusion_3(**changes: Any) -> Any:
     return pipe
 
 
-def _vae() -> AutoencoderKL:
+def _flux(**changes: Any) -> Any:
+    """FLUX.1-dev's parts: a CLIP encoder, whose pooled state alone is used, and T5; guidance as an input."""
+    sizes = {"in_channels": 16, "num_layers": 2, "pooled_projection_dim": 4} | changes
+    pipe = FluxPipeline(
+        tokenizer=_clip_tokenizer(),
+        text_encoder=CLIPTextModel(_clip(4).config).eval(),
+        tokenizer_2=T5Tokenizer(vocab=_LETTERS, extra_ids=0),
+        text_encoder_2=_t5(),
+        vae=_vae(shift=0.1),
+        transformer=get_backbone("flux").tiny(**sizes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _vae(shift: float | None = None) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),  # type: ignore[arg-type]
         down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
         up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
         norm_num_groups=4,
         latent_channels=4,
-        shift_factor=0.1,
+        shift_factor=shift,  # type: ignore[arg-type]
     ).eval()
 
 
@@ -114,7 +139,9 @@ def pictures(pipe: Any, prompts: tuple[str, ...] = ("a cat", "two dogs"), **opti
         "generator": torch.Generator().manual_seed(1),
         "output_type": "pt",
     }
-    if not isinstance(pipe, StableDiffusion3Pipeline):
+    if isinstance(pipe, FluxPipeline):  # its own default is 1024 x 1024 pixels, whatever the transformer
+        settings |= {"height": 16, "width": 16}
+    elif not isinstance(pipe, StableDiffusion3Pipeline):
         settings |= {"use_resolution_binning": False, "clean_caption": False}
     images = pipe(list(prompts), **(settings | options)).images
     assert isinstance(images, torch.Tensor)

@@ -223,8 +223,10 @@ def index_attention_(
                 f"the attention processor is {type(module.processor).__name__}, and choosing queries and keys "
                 f"stands for {stock.__name__} alone: call set_processor({stock.__name__}()) of each attention module"
             )
-        if module.residual_connection or module.group_norm is not None or module.spatial_norm is not None:
+        if any(getattr(module, name, None) for name in ("residual_connection", "group_norm", "spatial_norm")):
             raise DiffratioError("attention with a residual, group or spatial norm of its own cannot choose its keys")
+        if getattr(module, "fused_projections", False):
+            raise DiffratioError("fused projections cannot choose keys: call unfuse_qkv_projections() first")
     found = [module.processor for module in modules]
     for module in modules:
         module.processor = processor()

@@ -17,7 +17,9 @@ from diffratio.errors import DiffratioError, unknown
 from diffratio.tokens.grid import TokenGrid
 
 TIMESTEPS = 1000  # of the timestep input of diffusers' transformers that take one of 0..1000
-TEXT_TOKENS = "_text_tokens"  # note in a configuration
+TEXT_TOKENS = "_text_tokens"  # notes in a configuration, integers from 1
+TOKEN_SIDE = "_token_side"
+NOTES = (TEXT_TOKENS, TOKEN_SIDE)
 _REGISTERED: dict[str, Backbone] = {}
 B = TypeVar("B", bound="type[Backbone]")
 
@@ -39,6 +41,9 @@ class Backbone(ABC):
         condition: what a sample is conditioned on, a `class` label or `text` embeddings.
         pipeline: diffusers' class of the family's usual pipeline, of text-conditional families.
         guidance_order: how the family's pipelines batch the guidance halves; `one` where there are none.
+        positions: name of the argument of blocks and attention modules that holds positions of all text tokens and
+            after them all image tokens, tensors (T + N, D). The attention modules of such a family may be given text
+            and image tokens in one, text first. None where there is no such argument.
         attention: name of the block argument, a dictionary, whose entries reach the processors that
             `index_attention_` puts in; None where the family has none.
     """
@@ -54,6 +59,7 @@ class Backbone(ABC):
     condition: ClassVar[Literal["class", "text"]] = "class"
     pipeline: ClassVar[str] = ""
     guidance_order: ClassVar[Halves] = "cond_first"
+    positions: ClassVar[str | None] = None
     attention: ClassVar[str | None] = None
 
     @abstractmethod
@@ -68,6 +74,19 @@ class Backbone(ABC):
     def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
         """Token grid of a sample (B, C, H, W), or of the configured size."""
 
+    def grid_of(
+        self, transformer: nn.Module, arguments: Mapping[str, Any], known: TokenGrid | None = None
+    ) -> TokenGrid:
+        """Token grid of a forward.
+
+        Args:
+            transformer: dense or converted.
+            arguments: of the forward, by name.
+            known: grid of the open run, from its second step on: where finding it out would make the device wait, this
+                one is taken if its number of tokens fits.
+        """
+        return self.grid(transformer, arguments["hidden_states"])
+
     @abstractmethod
     def noise_level(self, timestep: Tensor) -> Tensor:
         """The family's timestep input -> noise level u in [0, 1], same shape."""
@@ -75,6 +94,10 @@ class Backbone(ABC):
     @abstractmethod
     def timestep(self, noise_level: Tensor) -> Tensor:
         """Inverse of `noise_level`."""
+
+    def scheduler_level(self, timesteps: Tensor) -> Tensor:
+        """Timesteps of a scheduler -> noise levels; the default is that pipelines hand them on as they are."""
+        return self.noise_level(timesteps)
 
     def predict(self, transformer: nn.Module, inputs: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> Tensor:
         """The transformer's output.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import get_backbone
-from diffratio.backbones.base import TEXT_TOKENS, Backbone, backbone_of_class
+from diffratio.backbones.base import NOTES, Backbone, backbone_of_class
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.adapter import base_place, load_adapter
 from diffratio.checkpoint.card import read_card
@@ -247,8 +247,8 @@ def _family(config: Mapping[str, Any], path: Path) -> Backbone:
 def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
     try:
         transformer = backbone.from_config(public(config))
-        if type(config.get(TEXT_TOKENS)) is int and config[TEXT_TOKENS] > 0:
-            backbone.set_text_tokens_(transformer, config[TEXT_TOKENS])
+        noted = {note: config.get(note) for note in NOTES if type(config.get(note)) is int and config[note] > 0}
+        transformer.register_to_config(**noted)  # type: ignore[operator]
         return transformer
     except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
         raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {error}") from None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import Backbone, backbone_of
-from diffratio.backbones.base import TEXT_TOKENS
+from diffratio.backbones.base import NOTES
 from diffratio.backbones.widening import image_channels, inpaints
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import Card
@@ -69,7 +69,7 @@ def export(
     config: dict[str, Any] = {
         key: value
         for key, value in json.loads(transformer.to_json_string()).items()  # type: ignore[operator]
-        if not key.startswith("_") or key in ("_class_name", "_diffusers_version", TEXT_TOKENS)
+        if not key.startswith("_") or key in ("_class_name", "_diffusers_version", *NOTES)
     }
     config["_class_name"] = class_name = type(transformer).__name__  # a swapped class keeps the name
     state = _state(transformer, backbone, config, learned, storage)

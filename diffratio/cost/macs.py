@@ -28,7 +28,8 @@ class SiteCost:
     """MACs of one site: q per_query + k per_key + T per_text + q k per_pair, for q queries, k keys and T text tokens.
 
     Args:
-        name: `self_attention`, `cross_attention`, `feed_forward`.
+        name: `self_attention`, `cross_attention`, `feed_forward`, or `block` for what only a plan for the whole block
+            reduces.
         per_query: MACs a query token.
         per_key: MACs a key token (0 for feed_forward).
         per_pair: MACs a query-key pair.

@@ -19,6 +19,7 @@ from diffratio.methods.actions import Reuse, Skip, StepAction
 from diffratio.methods.streams import Joint, Result, image_of, with_image
 from diffratio.routing.schedule import SLACK, KeepSchedule
 from diffratio.tokens.plan import Plan
+from diffratio.tokens.positions import of_samples, take_positions
 
 _REGISTERED: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -55,6 +56,7 @@ class BlockCall:
         attention: name of the argument, a dictionary, whose entries reach the family's own attention processor; None
             where the processors are not ours.
         streams: names of the arguments that the block returns, in its order: `hidden` alone, or beside the text.
+        positions: name of the argument with the positions of all text and after them all image tokens.
     """
 
     inner: Callable[..., Any]
@@ -64,6 +66,7 @@ class BlockCall:
     per_sample: tuple[str, ...]
     attention: str | None = None
     streams: tuple[str, ...] = ("hidden_states",)
+    positions: str | None = None
 
     @property
     def x(self) -> Tensor:
@@ -131,7 +134,9 @@ class BlockCall:
             return self._returned(self.inner(**arguments))
         if self.attention is None:
             raise DiffratioError(f"this transformer's attention processors are not ours: no {', '.join(attention)}")
-        given = {**(arguments.get(self.attention) or {}), **attention}
+        given: dict[str, Any] = {**(arguments.get(self.attention) or {}), **attention}
+        if self.positions is not None and self.text_name is not None:
+            given["text_tokens"] = arguments[self.text_name].shape[1]
         return self._returned(self.inner(**{**arguments, self.attention: given}))
 
     def reduced(self, x: Tensor, plan: Plan) -> BlockCall:
@@ -140,6 +145,8 @@ class BlockCall:
         for name in self.per_token:
             if isinstance(arguments.get(name), Tensor):
                 arguments[name] = plan.take(arguments[name])
+        if self.positions is not None and arguments.get(self.positions) is not None:
+            arguments[self.positions] = take_positions(arguments[self.positions], plan, self.x.shape[1])
         return dataclasses.replace(self, arguments=arguments)
 
     def select(self, samples: Tensor, hidden: bool = True) -> BlockCall:
@@ -154,6 +161,8 @@ class BlockCall:
             value = arguments.get(name)
             if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
                 arguments[name] = value.index_select(0, samples)
+        if self.positions is not None and arguments.get(self.positions) is not None:
+            arguments[self.positions] = of_samples(arguments[self.positions], samples)
         return dataclasses.replace(self, arguments=arguments)
 
 

@@ -94,12 +94,14 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
 
 def _own_attention_(backbone: Backbone, transformer: nn.Module, method: Method) -> Any:
     """Puts our attention processors in; the ones that were there, or None where the method goes on with those."""
-    if not (method.indexes_attention or method.nests_attention):
+    # the stock processors of a family with positions know one table for all samples
+    needed = method.indexes_attention or (method.token_level and backbone.positions is not None)
+    if not (needed or method.nests_attention):
         return None
     try:
         return backbone.index_attention_(transformer)
     except DiffratioError:
-        if method.indexes_attention:
+        if needed:
             raise
         return None
 

@@ -17,6 +17,7 @@ from diffratio.surgery.memory import Streams, conditional
 from diffratio.surgery.state import BATCHED, Attachment
 from diffratio.surgery.swap import Converted, base_of, bound
 from diffratio.tokens.plan import AttentionPlan
+from diffratio.tokens.positions import take_positions
 
 
 class TransformerMixin(Converted):
@@ -99,7 +100,14 @@ class BlockMixin(Converted):
         inner = super().forward if state.compile_options is None else _compiled(base, self, state)  # type: ignore[misc]
         attention = backbone.attention if state.owns_attention else None
         call = BlockCall(
-            inner, arguments, backbone.hidden, backbone.per_token, backbone.per_sample, attention, backbone.streams
+            inner,
+            arguments,
+            backbone.hidden,
+            backbone.per_token,
+            backbone.per_sample,
+            attention,
+            backbone.streams,
+            backbone.positions,
         )
         if not state.memory.ranges or state.action is not None or context.run is None:
             return _joined(_leaving(state.token_method.run_block(layer, call, context), state))
@@ -155,17 +163,31 @@ class SiteMixin(Converted):
     _diffratio_site: str
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the base class's. Joint attention returns image and text tokens; a plan is about the image tokens."""
+        """As the base class's. Joint attention returns image and text tokens; a plan is about the image tokens.
+
+        Where text and image tokens come as one, the text first, the plan is about the rows behind the text.
+        """
         inner, context, x = super().forward, self._diffratio.context, hidden_states  # type: ignore[misc]
-        plan = None
-        if context is not None:
-            plan = self._diffratio.token_method.plan(self._diffratio_layer, self._diffratio_site, x, context)
+        if context is None:
+            return inner(x, *args, **kwargs)
+        positions: str | None = self._diffratio.backbone.positions
+        text = x.shape[1] - context.grid.tokens if positions is not None else 0
+        image = x[:, text:] if text else x
+        plan = self._diffratio.token_method.plan(self._diffratio_layer, self._diffratio_site, image, context)
         if plan is None:
             return inner(x, *args, **kwargs)
         if isinstance(plan, AttentionPlan):  # the attention processor gathers: queries and keys differ
-            output = inner(x, *args, **kwargs, **plan.arguments())
+            given: dict[str, Any] = {**plan.arguments(), **({"text_tokens": text} if text else {})}
+            output = inner(x, *args, **kwargs, **given)
         else:
-            output = inner(plan.reduce(x), *args, **kwargs)
-        if isinstance(output, tuple):
-            return plan.restore(output[0], x), *output[1:]
-        return plan.restore(output, x)
+            if positions is not None and kwargs.get(positions) is not None:
+                kwargs[positions] = take_positions(kwargs[positions], plan, image.shape[1])
+            output = inner(_behind(x[:, :text], plan.reduce(image)), *args, **kwargs)
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        restored = _behind(first[:, :text], plan.restore(first[:, text:] if text else first, image))
+        return (restored, *rest) if rest else restored
+
+
+def _behind(text: Tensor, image: Tensor) -> Tensor:
+    """Image tokens behind text tokens, of which there may be none."""
+    return torch.cat([text.to(image.dtype), image], dim=1) if text.shape[1] else image

@@ -12,12 +12,13 @@ from diffratio.errors import DiffratioError, unknown
 from diffratio.surgery.state import Attachment, attachment
 from diffratio.surgery.swap import STATE, Converted, base_of, bound, swap, unswap
 
-_SCALE = "guidance_scale"
+_SCALE, _TRUE_SCALE = "guidance_scale", "true_cfg_scale"
 
 
 class SchedulerMixin(Converted):
     """A scheduler that opens a run at set_timesteps and advances it at step."""
 
+    signed = ("set_timesteps", "step")  # pipelines read there whether they take sigmas, eta, a generator
     _diffratio_transformer: Any
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +31,7 @@ class SchedulerMixin(Converted):
         config: Any = self.config  # type: ignore[attr-defined]
         if config.get("prediction_type") == "flow_prediction":  # its timesteps are cut to integers, its sigmas are not
             timesteps = self.sigmas[: len(timesteps)] * config.num_train_timesteps  # type: ignore[attr-defined]
-        levels = tuple(state.backbone.noise_level(timesteps.detach().cpu()).clamp(0, 1).tolist())
+        levels = tuple(state.backbone.scheduler_level(timesteps.detach().cpu()).clamp(0, 1).tolist())
         guidance: Guidance = "none" if state.halves == "one" else "cfg"
         grid, text = state.backbone.grid(transformer), state.backbone.text_tokens(transformer)
         state.open_run(SamplingRun(levels, grid, guidance, text), provisional=True)
@@ -61,7 +62,9 @@ class PipelineMixin(Converted):
             return call(*args, **kwargs)
         function = base_of(type(self)).__call__
         default = inspect.signature(function).parameters[_SCALE].default
-        scale = bound(function, args, kwargs).get(_SCALE, default)
+        arguments = bound(function, args, kwargs)
+        scale = arguments.get(_SCALE, default)
+        _check_separate(state, arguments)
         before = state.halves
         # every diffusers pipeline with classifier-free guidance turns it on above 1
         state.halves = self._diffratio_order if scale is not None and scale > 1 else "one"
@@ -70,6 +73,19 @@ class PipelineMixin(Converted):
         finally:
             state.halves = before
             state.close_run()
+
+
+def _check_separate(state: Attachment, arguments: dict[str, Any]) -> None:
+    """Raises DiffratioError for two forwards a step, guidance beside the distilled one, under a method with state."""
+    negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    if not negative or (arguments.get(_TRUE_SCALE) or 1) <= 1:
+        return
+    for method in state.methods:
+        if method.stateful:
+            raise DiffratioError(
+                f"{method.name} keeps state from step to step, and {_TRUE_SCALE} above 1 makes two forwards of every "
+                f"step: leave {_TRUE_SCALE} at 1, or take a method without state"
+            )
 
 
 def attach_(pipe: Any, halves: Halves | None = None) -> Any:

@@ -97,12 +97,15 @@ class Attachment:
 
     def begin(self, transformer: nn.Module, arguments: dict[str, Any]) -> StepContext:
         """Opens one forward: where it stands, and what the methods make of the step."""
-        grid, batch = self.backbone.grid(transformer, arguments["hidden_states"]), arguments["hidden_states"].shape[0]
-        if self.run is not None and self.provisional and not transformer.training:
-            if grid != self.run.grid:
-                self.open_run(replace(self.run, grid=grid))
-            self.provisional = False
         run = None if transformer.training else self.run
+        known = run.grid if run is not None and self.step > 0 and not self.provisional else None
+        grid = self.backbone.grid_of(transformer, arguments, known)
+        batch = arguments["hidden_states"].shape[0]
+        if run is not None and self.provisional:
+            if grid != run.grid:
+                self.open_run(replace(run, grid=grid))
+            self.provisional = False
+            run = self.run
         level, levels = None, None
         if run is not None:
             self._check_open(run, grid)
@@ -146,6 +149,11 @@ class Attachment:
         if training:
             return "one"
         needing = next((method.name for method in self.methods if method.needs_guidance), None)
+        if needing and self.backbone.guidance_order == "one" and self.halves in (None, "one"):
+            raise DiffratioError(
+                f"{needing} needs classifier-free guidance, and pipelines of {self.backbone.name} have none by "
+                "default: their guidance scale is an input of the transformer; take a method without halves"
+            )
         if needing and self.halves is None:
             raise DiffratioError(
                 f"{needing} works on the guidance halves, and nothing says how this batch holds them: sample with a "

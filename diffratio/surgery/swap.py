@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 STATE = "_diffratio"
 
 
 class Converted:
-    """Base of every mixin that is put in front of a class."""
+    """Base of every mixin that is put in front of a class.
 
+    Attributes:
+        signed: methods that show the signature of the base class's.
+    """
+
+    signed: ClassVar[tuple[str, ...]] = ()
     _diffratio: Any
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -24,7 +30,17 @@ class Converted:
 @functools.cache
 def _subclass(kind: Any, base: Any) -> type:
     """The subclass of `base` with a mixin in front; it keeps the base's name, which diffusers writes into configs."""
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+    signed = {name: _signed(vars(kind)[name], getattr(base, name)) for name in kind.signed}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (kind, base), names | signed)
+
+
+def _signed(function: Any, like: Callable[..., Any]) -> Any:
+    """The same function with another one's signature."""
+    name, defaults, cells = function.__name__, function.__defaults__, function.__closure__
+    twin: Any = types.FunctionType(function.__code__, function.__globals__, name, defaults, cells)
+    twin.__doc__, twin.__signature__ = function.__doc__, inspect.signature(like)
+    return twin
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import diffratio
 from diffratio.backbones import backbone_of, get_backbone
+from diffratio.backbones.flux import image_ids
 from diffratio.cost.run import Halves, SamplingRun, uniform_run
 from diffratio.methods import MethodConfig
 from diffratio.methods.fixed import TRAINING_FREE
@@ -161,10 +162,11 @@ ROWS = [
     _importance("importance sd", variant="sd", drop_steps=0),
     _importance("importance sd, one plan a step", variant="sd", plan_blocks=None, sites=BOTH),
 ]
-BACKBONES = ("dit", "pixart", "sd3")
+BACKBONES = ("dit", "pixart", "sd3", "flux")
+SHARED = ("img_ids", "txt_ids")  # arguments of a forward without a batch
 TEXT = 5  # text tokens of the batches of text-conditional families
 # the ways in which methods use a whole block: once with bypass and samples in groups, and twice; on two streams the
-# methods that work on its sites, and all others, are in tests/backbones/test_sd3.py
+# methods that work on its sites, and all others, are in tests/backbones/test_sd3.py and test_flux.py
 WAYS = ("measured", "diffcr learning")
 ALL_ROWS = ("dit", "pixart")
 CASES = [(row, backbone) for row in ROWS for backbone in BACKBONES if backbone in ALL_ROWS or row.name in WAYS]
@@ -195,6 +197,8 @@ def inputs(
 ) -> dict[str, Tensor]:
     """A batch with one sample at each noise level, each with a class or a prompt (of another length) of its own."""
     generator, batch = torch.Generator().manual_seed(seed), len(levels)
+    if backbone == "flux":
+        return _flux_inputs(levels, dtype, generator)
     arguments = {
         "hidden_states": torch.randn(batch, 1, 8, 8, generator=generator).to(dtype),
         "timestep": torch.tensor([1000 * level for level in levels]),
@@ -206,6 +210,20 @@ def inputs(
         return arguments | {"pooled_projections": torch.randn(batch, 6, generator=generator).to(dtype)}
     lengths = 1 + torch.arange(batch) % TEXT
     return arguments | {"encoder_attention_mask": (torch.arange(TEXT) < lengths[:, None]).long()}
+
+
+def _flux_inputs(levels: tuple[float, ...], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    """Samples by token, and places of image and text tokens that all samples share."""
+    batch = len(levels)
+    shapes = {"hidden_states": (16, 4), "encoder_hidden_states": (TEXT, 12), "pooled_projections": (6,)}
+    arguments = {name: torch.randn(batch, *one, generator=generator).to(dtype) for name, one in shapes.items()}
+    shared = {"img_ids": image_ids(GRID), "txt_ids": torch.zeros(TEXT, 3)}
+    return arguments | shared | {"timestep": torch.tensor(levels), "guidance": 1 + torch.arange(batch).float()}
+
+
+def samples_of(batch: dict[str, Tensor], samples: slice | Tensor) -> dict[str, Tensor]:
+    """Some samples of a batch."""
+    return {name: value if name in SHARED else value[samples] for name, value in batch.items()}
 
 
 def unconditional(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -271,8 +289,9 @@ def forward(transformer: nn.Module, batch: dict[str, Tensor] | None = None, pair
         return output
     order, null = backbone.guidance_order, unconditional(batch)
     first, second = (batch, null) if order == "cond_first" else (null, batch)
+    whole = {name: batch[name] if name in SHARED else torch.cat([first[name], second[name]]) for name in batch}
     with halves(transformer, order):
-        both = transformer(**{name: torch.cat([first[name], second[name]]) for name in batch}, return_dict=False)[0]
+        both = transformer(**whole, return_dict=False)[0]
     assert isinstance(both, Tensor)
     return both.chunk(2)[0 if order == "cond_first" else 1]
 

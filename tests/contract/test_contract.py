@@ -24,12 +24,14 @@ from contract_table import (
     keeps_state,
     label_embedders,
     pairs_halves,
+    samples_of,
     train_,
     transformer_of,
     without_label_dropout,
 )
 
 import diffratio
+from diffratio.backbones import backbone_of
 from diffratio.errors import DiffratioError
 from diffratio.methods import config_from_json, config_to_json, methods
 from diffratio.surgery import attachment, compile_, is_applied
@@ -149,11 +151,12 @@ def test_deepcopy_runs_its_own_weights(row: Row, backbone: str) -> None:
             parameter.zero_()
     assert torch.equal(forward(twin), expected)
     assert not torch.equal(forward(original), expected)
-    assert all(block._diffratio is twin._diffratio for block in twin.transformer_blocks)
+    blocks = backbone_of(twin).blocks(twin)
+    assert all(block._diffratio is twin._diffratio for block in blocks)
     assert twin._diffratio is not original._diffratio
     if row.trains:
         routers = attachment(twin).token_method.routers  # type: ignore[attr-defined]
-        assert all(block.router is router for block, router in zip(twin.transformer_blocks, routers, strict=True))
+        assert all(block.router is router for block, router in zip(blocks, routers, strict=True))
 
 
 @each_case
@@ -244,10 +247,10 @@ def test_samples_do_not_depend_on_their_batch(row: Row, backbone: str) -> None:
         batch = inputs(backbone=backbone)
         together = forward(transformer, batch)
         for i in range(len(together)):
-            alone = forward(transformer, {key: value[i : i + 1] for key, value in batch.items()})
+            alone = forward(transformer, samples_of(batch, slice(i, i + 1)))
             torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
         order = torch.tensor([3, 0, 4, 1, 2])
-        shuffled = forward(transformer, {key: value[order] for key, value in batch.items()})
+        shuffled = forward(transformer, samples_of(batch, order))
         torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=1e-5)
 
 
@@ -305,7 +308,7 @@ def test_summary_names_the_method_and_the_tokens(row: Row, backbone: str) -> Non
     assert type(row.config()).__name__ in text
     fraction = diffratio.macs(transformer, steps=8).fraction
     assert f"({fraction:.3f})" in text
-    assert text.count("block ") == 3
+    assert text.count("\n  block ") == 3
 
 
 @each_case
@@ -313,7 +316,7 @@ def test_fsdp_may_put_its_class_in_front(row: Row, backbone: str) -> None:
     """FSDP2 replaces classes at run time, on top of ours."""
     transformer = applied(row, backbone)
     expected = forward(transformer)
-    for module in (*transformer.transformer_blocks, transformer):
+    for module in (*backbone_of(transformer).blocks(transformer), transformer):
         module.__class__ = type("Sharded" + type(module).__name__, (_Marker, type(module)), {})
     assert torch.equal(forward(transformer), expected)
     transformer.enable_gradient_checkpointing()

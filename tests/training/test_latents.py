@@ -135,7 +135,7 @@ def changed(here: Path, out: Path, file: str, **changes: Any) -> Path:
     ("file", "changes", "message"),
     [
         ("vae/config.json", {"scaling_factor": 0.5}, "has 4 channels, scale 0.5"),
-        ("vae/config.json", {"shift_factor": 0.1}, "shift 0.1"),
+        ("vae/config.json", {"shift_factor": 0.3}, "shift 0.3"),
         ("transformer/config.json", {"sample_size": 16}, "precompute them with data.image_size=32"),
         ("transformer/config.json", {"in_channels": 8}, "the model takes 8"),
         ("transformer/config.json", {"caption_channels": 9}, "takes 9 channels a token"),
