@@ -48,12 +48,17 @@ class BudgetUnreachable(DiffratioError):
         super().__init__(f"{message}; {hint}" if hint else message)
 
 
+_SHOWN = 10  # names of a long list, where near ones are given already
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> DiffratioError:
     """The error for a name that is not in a set, with the nearest names first."""
     names = sorted(allowed)
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return DiffratioError(f"unknown {kind} {str(value)!r}: {hint}known are {', '.join(names) or 'none'}")
+    shown = names if not near else names[:_SHOWN]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return DiffratioError(f"unknown {kind} {str(value)!r}: {hint}known are {', '.join(shown) or 'none'}{more}")
 
 
 class ReportedElsewhere(DiffratioError):

@@ -31,6 +31,8 @@ def open_data(values: Mapping[str, Any], inpaint: InpaintSettings | None = None)
 
     kinds: dict[str, type[ImageData]] = {"images": ImageData, KIND: LatentData}
     given = dict(values)
+    if given.get("source") is None:
+        raise DiffratioError("data.source is null: give a folder of pictures, a hub id, or what precompute wrote")
     kind = given.pop("kind", "images")
     if kind not in kinds:
         raise unknown("data.kind", kind, kinds)

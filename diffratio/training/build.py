@@ -15,6 +15,7 @@ from torch import nn
 
 from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
+from diffratio.backbones.base import NOTES, TEXT_TOKENS
 from diffratio.backbones.widening import image_channels
 from diffratio.checkpoint import load_skeleton, load_transformer, text_of
 from diffratio.conditions import Captions
@@ -78,18 +79,21 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     """The dense transformer, fp32, checked against the data; without weights on the meta device."""
     settings = cfg["backbone"]
     backbone = get_backbone(settings["name"])
-    if settings["source"]:
+    if settings["source"] and (weights or not settings["config"]):
         transformer = load_transformer(settings["source"]) if weights else load_skeleton(settings["source"])
         if surgery.is_applied(transformer):
             raise DiffratioError(
                 f"backbone.source={settings['source']!r} is a routed checkpoint; training starts from a dense one"
             )
+        _check_config(settings, transformer)
     elif settings["config"]:
-        transformer = backbone.from_config(settings["config"])
+        transformer = backbone.from_config({k: v for k, v in settings["config"].items() if k not in NOTES})
     else:
         raise DiffratioError("backbone needs a source (a checkpoint) or a config (random weights); both are null")
     if not backbone.matches(transformer):
         raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
+    if settings["config"] and settings["config"].get(TEXT_TOKENS):
+        backbone.set_text_tokens_(transformer, settings["config"][TEXT_TOKENS])
     sees_holes_(transformer, cfg, inpaint_settings(cfg))
     if isinstance(data, LatentData):
         check_latents(transformer, data, settings["source"], cfg["objective"]["name"])
@@ -116,6 +120,17 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     if settings["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     return transformer
+
+
+def _check_config(settings: Config, transformer: nn.Module) -> None:
+    """Where a config stands beside a source it says what is there, so that a check needs no weights."""
+    found: Any = transformer.config
+    for key, value in (settings["config"] or {}).items():
+        if key not in NOTES and found.get(key) != value:
+            raise DiffratioError(
+                f"backbone.config.{key} is {value!r}, and backbone.source={settings['source']!r} has "
+                f"{found.get(key)!r}; mend it, or set backbone.config=null"
+            )
 
 
 def _check_text(cfg: Config, transformer: nn.Module, data: ImageData, weights: bool) -> None:

@@ -157,7 +157,8 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     budget = typed(BudgetSettings, plain["budget"], "budget")
     typed(OptimizerSettings, plain["optimizer"], "optimizer")
     typed(LossSettings, {k: plain["objective"][k] for k in ("timesteps", "distill")}, "objective")
-    data = build_data(plain)
+    named = plain["data"].get("source") is not None  # an experiment for a user's own data names none yet
+    data = build_data(plain) if named else None
     with torch.device("meta"):
         transformer = build_transformer(plain, data, weights=False)
     backbone = backbone_of(transformer)
@@ -178,7 +179,9 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     batch, tokens = plain["data"]["batch_size"], run.grid.tokens
     # weights in fp32, of trained ones gradients, two Adam moments and the average; activations of 34 channels a block
     state = 4 * (parameters + 4 * trained + (trained if lora else 0))
-    activations = batch * tokens * description.width * 34 * description.layers * 2
+    # checkpointed blocks keep their inputs, and one block at a time everything
+    kept = 2 * description.layers + 34 if plain["backbone"]["gradient_checkpointing"] else 34 * description.layers
+    activations = batch * tokens * description.width * kept * 2
     table, milliseconds = budget_table(transformer, budget, run), {}
     if table is not None:
         milliseconds["milliseconds"] = {
@@ -191,6 +194,8 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         }
     predicted = {}
     if sensitivity:
+        if data is None:
+            raise DiffratioError("--map predicts for an experiment with data: give data.source")
         weights = build_transformer(plain, data)
         held_out = (*data.held_out(verify), build_objective(plain), data.conditions) if verify else None
         errors = predicted_errors(sensitivity, method, weights, run, budget.target, held_out)

@@ -23,13 +23,15 @@ from diffratio.inpainting import InpaintSettings
 from diffratio.methods import get_method, methods
 from diffratio.objectives import objectives
 from diffratio.surgery import LoraSettings
-from diffratio.training.run import check, compose
+from diffratio.training.build import build_transformer
+from diffratio.training.run import check, compose, plain_config
 from diffratio.training.settings import BudgetSettings, OptimizerSettings
 
 ROOT = configs_folder()
 FILES = sorted(ROOT.rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiment").glob("*.yaml"))]
+PUBLISHED = ("pixart_sigma_512_diffcr", "dit_xl_256_diffcr")
 VERBS = ("train", "compare", "bench", "precompute")
 NEEDED = {"bench": (), "precompute": ("data.source=here", "vae=here", "out=here")}  # others: data.source
 MEMBERS = [(path.parent.name, path.stem) for path in FILES if path.parent != ROOT]
@@ -78,8 +80,10 @@ def test_first_line_is_a_command_that_composes(path: Path) -> None:
     assert line.startswith(("# diffratio ", "# python train.py ")), line
     words = shlex.split(line.removeprefix("# ").split("  ")[0])
     verb = "train" if words[0] == "python" else words[1]
-    assert verb in VERBS
-    if verb == "bench":  # its first word says which
+    assert verb in (*VERBS, "check")
+    if verb == "check":
+        compose("train", [f"experiment={words[2]}", *words[3:]])
+    elif verb == "bench":  # its first word says which
         compose(verb, expanded(words[2], words[3:]))
     else:
         compose(verb, words[2:])
@@ -213,3 +217,17 @@ def test_bad_values_are_one_line(override: str, message: str) -> None:
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(DiffratioError, match="data.source has no value; give it as data.source=value"):
         check(compose("train", ["data=folder"]))
+
+
+def test_published_models_are_checked_without_weights() -> None:
+    """What the papers say of their size: DiT-XL/2 675 M without diffusers' embedder in every block, PixArt 0.6 B."""
+    sigma, dit = (check(compose("train", [f"experiment={name}"])) for name in PUBLISHED)
+    assert sigma["parameters"] == 610_856_096 and sigma["tokens"] == 1024 and sigma["lora_parameters"] < 3e7
+    assert dit["macs"]["dense_forward"] == pytest.approx(118.6e9, rel=0.005) and dit["tokens"] == 256
+
+
+def test_a_config_beside_a_source_must_be_true_of_it() -> None:
+    wrong = ["backbone.source=fashion-dit", "+backbone.config.num_layers=9"]
+    with pytest.raises(DiffratioError, match="num_layers is 9, and backbone.source='fashion-dit' has 8"):
+        measured = compose("train", ["experiment=fashion_dense", *wrong])
+        build_transformer(plain_config(measured))
