@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,17 @@ def sampled(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     place = resolve(args.folder)
     has_card = isinstance(place, Path) and (place / "card.json").is_file()
-    defaults = read_card(place).sampler if has_card else SamplerSettings()
+    card = read_card(place) if has_card else None  # type: ignore[arg-type]
+    defaults = card.sampler if card is not None else SamplerSettings()
     steps = defaults.steps if args.steps is None else args.steps
     guidance = defaults.guidance_scale if args.guidance is None else args.guidance
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(place, device=_device(device), parts=args.parts)
-    _fits(pipe, args)
-    known = _known(pipe, args, read_card(place).inpaint if has_card else None, n)
+    shown = _held_out(pipe, args, card, n)
+    if shown is not None and labels is None:
+        labels = list(shown.captions) or None
+    _fits(pipe, args, labels)
+    known = _known(pipe, args, None if card is None else card.inpaint, n, shown)
     chosen = None if labels is None else [labels[i % len(labels)] for i in range(n)]
     images = generate(
         pipe,
@@ -88,18 +93,56 @@ def _prompts(given: Sequence[str]) -> list[int | str]:
     return prompts
 
 
-def _fits(pipe: Any, args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out pictures of the set that a model was trained on, and their captions where it has any."""
+
+    pictures: list[Any]
+    captions: list[str]
+
+
+def _held_out(pipe: Any, args: argparse.Namespace, card: Any, n: int) -> _HeldOut | None:
+    """What an inpainting model fills where no picture is given, if it was trained on an embedded set."""
+    from diffratio.backbones.widening import image_channels, inpaints
+
+    if args.image is not None or card is None or not inpaints(pipe.transformer):
+        return None
+    import numpy as np
+    from PIL import Image
+
+    from diffratio.data import embedded_sets
+    from diffratio.data.columns import captions_of, undecoded
+    from diffratio.data.decode import decode
+    from diffratio.data.source import open_source
+
+    if card.data not in embedded_sets():
+        return None
+    tables = open_source(card.data)
+    split = "validation" if "validation" in tables else "test"
+    table = undecoded(tables[split], split, "image")
+    rows = [i * len(table) // n if n <= len(table) else i % len(table) for i in range(n)]
+    size, channels = pipe.transformer.config.sample_size, image_channels(pipe.transformer)
+    decoded = [decode(table[row]["image"], size=size, channels=channels, pad=True) for row in rows]
+    pictures = [Image.fromarray(np.squeeze(one.transpose(1, 2, 0))) for one in decoded]
+    captions: list[str] = []
+    if card.text is not None and "caption" in table.column_names:
+        every = captions_of(table, split, "caption")
+        captions = [every[row] for row in rows]
+    return _HeldOut(pictures, captions)
+
+
+def _fits(pipe: Any, args: argparse.Namespace, labels: Sequence[int | str] | None) -> None:
     """Raises DiffratioError where a model is asked for by what it is not conditioned on."""
     from diffratio.backbones import backbone_of
 
     wanted, name = backbone_of(pipe.transformer).condition, str(args.folder)
-    if wanted == "text" and args.prompts is None:
+    if wanted == "text" and (labels is None or args.labels is not None):
         raise DiffratioError(f"{name!r} is sampled by text: --prompts 'a text' 'another', or --prompts FILE.txt")
     if wanted == "class" and args.prompts is not None:
         raise DiffratioError(f"{name!r} is sampled by class, not by text: --labels 0,3,5, or nothing for all in turn")
 
 
-def _known(pipe: Any, args: argparse.Namespace, settings: Any, n: int) -> Any:
+def _known(pipe: Any, args: argparse.Namespace, settings: Any, n: int, shown: _HeldOut | None) -> Any:
     """The pictures and masks that an inpainting model fills, n of each; None for other models."""
     from diffratio.backbones.widening import inpaints
     from diffratio.inpainting import InpaintSettings, Masks
@@ -111,9 +154,9 @@ def _known(pipe: Any, args: argparse.Namespace, settings: Any, n: int) -> Any:
                 f"{args.folder!r} is no inpainting model: leave --image and --mask out, or train one (inpaint=default)"
             )
         return None
-    if args.image is None:
+    if args.image is None and shown is None:
         raise DiffratioError(f"{args.folder!r} fills holes in pictures: --image FILE.png, and --mask FILE.png or boxes")
-    pictures = read_pictures(args.image)
+    pictures = shown.pictures if shown is not None else read_pictures(args.image)
     pictures = [pictures[i % len(pictures)] for i in range(n)]
     mask = args.mask or (settings or InpaintSettings()).mask
     share = (settings or InpaintSettings()).share
