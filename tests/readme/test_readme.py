@@ -40,7 +40,8 @@ def test_long_commands_compose(words: list[str]) -> None:
 
 
 def test_the_demo_composes() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ").replace("$(DEMO)", "demo")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    makefile = makefile.replace("$(DEMO)", "demo").replace("$(EMOJI)", "emoji")
     found = re.findall(r"\$\(BIN\)/diffratio (train|compare) ([^;]*);", makefile)
     assert {verb for verb, _ in found} == {"train", "compare"}
     for verb, words in found:
