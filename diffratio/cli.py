@@ -267,9 +267,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--prompts", nargs="+", metavar="TEXT", help="texts in turn, or a .txt file with one a line (text-to-image)"
     )
-    one.add_argument(
-        "--image", nargs="+", metavar="FILE", help="pictures to fill, in turn (default: held-out ones)"
-    )
+    one.add_argument("--image", nargs="+", metavar="FILE", help="pictures to fill, in turn (default: held-out ones)")
     one.add_argument(
         "--mask", metavar="FILE|boxes|strokes|mixed", help="white where the hole is, or a shape; default: the card's"
     )

@@ -174,7 +174,15 @@ class Backbone(ABC):
 
     def text_tokens(self, transformer: nn.Module) -> int:
         """Text tokens of one sample in the default run: what was set, or what the family's pipelines use."""
+        return self.known_text_tokens(transformer)
+
+    def known_text_tokens(self, transformer: nn.Module) -> int:
+        """What was noted by `set_text_tokens_`; 0 where nothing was."""
         return int(transformer.config.get(TEXT_TOKENS, 0))  # type: ignore[union-attr, operator]
+
+    def longest_prompt(self, transformer: nn.Module) -> int:
+        """What the family's pipeline takes as `max_sequence_length` for `text_tokens`."""
+        return self.text_tokens(transformer)
 
     def text_width(self, transformer: nn.Module) -> int:
         """Channels of a text token's state, of families that read one text encoder.

@@ -18,7 +18,8 @@ from diffratio.errors import DiffratioError
 from diffratio.tokens.grid import TokenGrid
 
 _FREQUENCIES = 256  # sinusoidal channels that enter the timestep embedder
-_TEXT_TOKENS = 77 + 256  # of the CLIP encoders side by side, and of T5
+_CLIP_TOKENS = 77
+_TEXT_TOKENS = _CLIP_TOKENS + 256  # of the CLIP encoders side by side, and of T5
 _SHIFT = 3.0  # of the noise levels, in the published schedulers of SD3 and SD3.5
 
 
@@ -66,6 +67,10 @@ class SD3(Patched):
     def text_tokens(self, transformer: nn.Module) -> int:
         """77 of the CLIP encoders and 256 of T5, as the pipeline pads every prompt."""
         return super().text_tokens(transformer) or _TEXT_TOKENS
+
+    def longest_prompt(self, transformer: nn.Module) -> int:
+        """T5's tokens alone: the pipeline sets those of CLIP before them."""
+        return self.text_tokens(transformer) - _CLIP_TOKENS
 
     def default_run(self, transformer: nn.Module, steps: int, guidance: Guidance = "cfg") -> SamplingRun:
         """The levels of the published pipelines: flow-matching Euler with shift 3."""

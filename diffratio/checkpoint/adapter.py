@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
+from diffratio.backbones.base import NOTES
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import Card
 from diffratio.checkpoint.readme import render_readme
@@ -112,6 +113,7 @@ def export_adapter(
             "version": VERSION,
             "backbone": backbone.name,
             "class": type(transformer).__name__,
+            "notes": {note: value for note in NOTES if (value := transformer.config.get(note))},  # type: ignore[union-attr, operator]
             "base": asdict(found) | _relative(found.source, target),
             "method": None if learned is None else config_to_json(learned.config),
             "files": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
@@ -153,6 +155,9 @@ def load_adapter(
             )
     peft = require_peft()
     transformer = _base_transformer(document, folder, base)
+    notes = document.get("notes") or {}
+    noted = {note: notes[note] for note in NOTES if type(notes.get(note)) is int and notes[note] > 0}
+    transformer.register_to_config(**noted)  # type: ignore[operator]
     try:
         if document["method"] is not None:
             apply_(transformer, config_from_json(document["method"]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffratio.backbones import get_backbone
+from diffratio.backbones import backbone_of, get_backbone
 from diffratio.backbones.base import NOTES, Backbone, backbone_of_class
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.adapter import base_place, load_adapter
@@ -17,6 +17,7 @@ from diffratio.checkpoint.card import read_card
 from diffratio.checkpoint.parts import is_text, pipeline_around, scheduler_of
 from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
 from diffratio.conditions import EncoderId
+from diffratio.conditions.pipelines import pipeline_text
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json, sha256
 from diffratio.methods.base import MethodConfig, config_from_json
@@ -136,11 +137,15 @@ def load_pipeline(
     if text is not None:
         pipe = build_pipeline(transformer, scheduler, text=text)
         return attach_(pipe) if is_applied(transformer) else pipe
-    own = base_place(place, base) if layout.is_adapter(place) else place  # where the parts beside the transformer are
+    own: Any = base_place(place, base) if layout.is_adapter(place) else place
+    while isinstance(own, Path) and layout.is_adapter(own):  # where the parts beside the transformer are
+        own = base_place(own)
     if is_text(transformer):
         others = parts if parts is not None else own
         others = resolve_folder(others) if isinstance(others, str | Path) else others
         others = _download(others) if isinstance(others, str) else others
+        if isinstance(others, Path):
+            _note_text(transformer, others)
         pipe = pipeline_around(transformer, place, others, device)
         return attach_(pipe) if is_applied(transformer) else pipe
     if parts is not None:
@@ -151,6 +156,14 @@ def load_pipeline(
         vae = vae.to(device)
     pipe = build_pipeline(transformer, scheduler, vae, id2label=_names(place))
     return attach_(pipe) if is_applied(transformer) else pipe
+
+
+def _note_text(transformer: nn.Module, pipeline: Path) -> None:
+    """Notes how many text tokens a pipeline pads prompts to, where nothing is noted yet."""
+    backbone, made = backbone_of(transformer), pipeline_text(pipeline)
+    if made is not None and made.tokens and not backbone.known_text_tokens(transformer):
+        others = backbone.text_tokens(transformer) - backbone.longest_prompt(transformer)
+        backbone.set_text_tokens_(transformer, made.tokens + others)
 
 
 def resolve_folder(source: str | Path) -> Path | str:

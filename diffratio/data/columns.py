@@ -99,12 +99,12 @@ def captions_of(table: Dataset, split: str, column: str) -> list[str]:
     """Caption of every row.
 
     Raises:
-        DiffratioError: no such column, one that holds no text, or a row without a caption.
+        DiffratioError: no such column, one that holds no text, or a row with no caption or an empty one.
     """
     _require(table, split, column, "caption_column", "; or set text to null for a model without text")
     values = _values(table, column).tolist()
     for row, value in enumerate(values):
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.strip():
             raise DiffratioError(
                 f"row {row} of split {split!r} has no caption ({column}={value!s}); write one, remove the row, or set "
                 f"caption_column to another of {', '.join(table.column_names)}"

@@ -106,10 +106,14 @@ class ImageData(LightningDataModule):
         if num_classes is not None:
             _at_least("num_classes", num_classes, 1, "; null for a model without classes")
         if text is not None:
+            if not isinstance(text, Mapping):
+                raise DiffratioError(f"text is {text!r}; it takes {{encoder: minilm, tokens: 24}}, or null")
             if num_classes is not None:
                 raise DiffratioError(f"num_classes={num_classes} and text={dict(text)}: a model takes one of the two")
             if set(text) != {"encoder", "tokens"}:
                 raise DiffratioError(f"text has the keys encoder and tokens, got {', '.join(map(str, text)) or 'none'}")
+            if not isinstance(text["encoder"], str):
+                raise DiffratioError(f"text.encoder must be a name or a folder, got {text['encoder']!r}")
         if channels not in (1, 3):
             raise DiffratioError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
         if not 0.0 <= label_dropout <= 1.0:

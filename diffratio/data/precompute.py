@@ -208,7 +208,11 @@ def prepare(text: str, how: str) -> str:
 
 def _encoder(settings: PrecomputeSettings, data: Mapping[str, Any], device: str) -> tuple[TextEncoder | None, str]:
     given = data.get("text") or {}
+    if not isinstance(given, Mapping):
+        raise DiffratioError(f"data.text is {given!r}; it takes {{encoder: minilm, tokens: 24}}, or null")
     name = settings.text or given.get("encoder")
+    if name is not None and not isinstance(name, str):
+        raise DiffratioError(f"text must be a name, a folder or a hub id, got {name!r}")
     if name is None:
         return None, "none"
     folder = None if name in PACKAGED else local_folder(name, download=True)

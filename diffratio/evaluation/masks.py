@@ -247,6 +247,7 @@ def _decode(pipe: Any, samples: Tensor) -> Tensor:
         return samples.clamp(-1, 1)
     vae = pipe.vae
     latents = samples.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    latents = latents + (vae.config.get("shift_factor") or 0.0)
     return vae.decode(latents).sample.float().clamp(-1, 1).cpu()
 
 

@@ -56,7 +56,11 @@ class Objective(ABC):
     def distance(self, output: Tensor, taught: Tensor, noised: Noised) -> Tensor:
         """How far an output lies from a teacher's, in the units of the loss, (B,) in fp32."""
         channels = noised.clean.shape[1]
-        return _mean_square(self.prediction(output, channels), self.prediction(taught, channels))
+        return _mean_square(self.prediction(output, channels), self.prediction(taught, channels), noised.where)
+
+    def error_weights(self, levels: Tensor) -> Tensor:
+        """What the loss multiplies the mean square error of an output by, at noise levels (B,)."""
+        return torch.ones_like(levels, dtype=torch.float32)
 
     def timestep(self, timestep: Tensor) -> Tensor:
         """A backbone's timestep input (B,) in the form that this objective trains on."""
@@ -134,14 +138,15 @@ class FlowSample(FlowMatching):
 
     def losses(self, output: Tensor, noised: Noised) -> Tensor:
         """Mean square error of the velocity."""
-        return super().losses(output, noised) * self._weights(noised)
+        return super().losses(output, noised) * self.error_weights(noised.noise_levels)
 
     def distance(self, output: Tensor, taught: Tensor, noised: Noised) -> Tensor:
         """Mean square distance of the velocities."""
-        return super().distance(output, taught, noised) * self._weights(noised)
+        return super().distance(output, taught, noised) * self.error_weights(noised.noise_levels)
 
-    def _weights(self, noised: Noised) -> Tensor:
-        return noised.noise_levels.float().clamp_min(self.lowest).square().reciprocal()
+    def error_weights(self, levels: Tensor) -> Tensor:
+        """1 / u^2."""
+        return levels.float().clamp_min(self.lowest).square().reciprocal()
 
 
 class NoisePrediction(Objective):

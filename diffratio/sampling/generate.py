@@ -231,6 +231,11 @@ def _batch(
     """Pictures (B, C, H, W) in [0, 1]."""
     common = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "output_type": "pt"}
     config = pipe.transformer.config
+    if not hasattr(config, "sample_size"):
+        raise DiffratioError(
+            f"generate does not know the samples of a {type(pipe.transformer).__name__}: call its own pipeline, "
+            "diffratio.load_pipeline(folder)(prompts)"
+        )
     if hasattr(pipe, "vae") and hasattr(pipe, "text_encoder"):
         noise = initial_noise(seed, indices, (config.in_channels, config.sample_size, config.sample_size))
         generators = [sample_generator(seed, index, _STEPS) for index in indices]

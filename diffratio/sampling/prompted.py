@@ -50,7 +50,7 @@ def prompted(
             raise DiffratioError(f"a text-conditional model is sampled by prompts, got {prompt!r}")
     options: dict[str, Any] = {key: value for key, value in _PLAIN.items() if key in takes}
     if "max_sequence_length" in takes:
-        options["max_sequence_length"] = backbone_of(pipe.transformer).text_tokens(pipe.transformer)
+        options["max_sequence_length"] = backbone_of(pipe.transformer).longest_prompt(pipe.transformer)
     height, width = (side * pipe.vae_scale_factor for side in noise.shape[-2:])
     images: Tensor = pipe(
         prompt=list(prompts),

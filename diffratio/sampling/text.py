@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from diffratio.backbones import backbone_of
 from diffratio.conditions import EncoderId, TextEncoder, encode_captions, text_encoder
 from diffratio.cost.run import Halves
 from diffratio.errors import DiffratioError
@@ -42,6 +43,10 @@ class PixelTextPipeline(PixelPipeline):
         self.prompts: tuple[str, ...] = ()
         self._encoder: TextEncoder | None = None
         self._known: dict[str, dict[str, Tensor]] = {}
+
+    def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """As in training, where some families are told the size of the sample, too."""
+        return backbone_of(self.transformer).predict(self.transformer, inputs, timestep, arguments)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The transformer's arguments for prompts (B entries each); those seen lately are not encoded again.

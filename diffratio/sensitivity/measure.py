@@ -117,6 +117,7 @@ def region_batches(
                     noised.inputs[start : start + batch_size].to(device),
                     timestep[start : start + batch_size].to(device),
                     conditions.arguments(own[start : start + batch_size].to(device)),
+                    objective.error_weights(levels[start : start + batch_size]).to(device),
                 )
                 for start in range(0, len(clean), batch_size)
             ]
@@ -205,7 +206,7 @@ def calibrate(
         transformer: dense, nothing applied; it is left as it was.
         batches: pairs of images (B, C, H, W) in the model's own space and labels (B,); all of them are used.
         budget: fraction of the run's dense MACs; lower keeps fewer tokens.
-        objective: what the model predicts, `flow` or `noise`.
+        objective: what the model predicts, `flow`, `flow_sample` or `noise`.
         steps: shorthand for the backbone's default run of so many steps.
         guidance: whether that run has both guidance halves.
         run: the run itself, instead of the two above.

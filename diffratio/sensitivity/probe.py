@@ -28,11 +28,19 @@ class Batch:
         inputs: noised images (B, C, H, W).
         timestep: the model's timestep input (B,).
         condition: the transformer's arguments that the conditions stand for, with one entry a sample.
+        weights: what the loss multiplies a sample's mean square error by (B,); None is 1.
     """
 
     inputs: Tensor
     timestep: Tensor
     condition: Mapping[str, Tensor]
+    weights: Tensor | None = None
+
+    def weighed(self, output: Tensor) -> Tensor:
+        """Outputs (B, ...) scaled so that their mean square changes count as the loss counts them."""
+        if self.weights is None:
+            return output
+        return output * self.weights.sqrt().reshape(-1, *[1] * (output.ndim - 1))
 
 
 class Network(Protocol):
@@ -72,12 +80,12 @@ class _ProbeMethod(FixedMethod):
 
     def __init__(self, config: _ProbeConfig, description: Description) -> None:
         super().__init__(config, description)
-        self.stored: list[Tensor] = []
+        self.stored: list[Result] = []
 
     def run_block(self, layer: int, call: BlockCall, ctx: StepContext) -> Result:
         """Stores inputs in a trace; in a resumed forward the blocks before the changed one cost nothing."""
         if self.start is None:
-            self.stored.append(call.x)
+            self.stored.append(call.entering)
             return self.run_bin(layer, call, self.column[layer])
         if layer < self.start:
             return self.stored[self.start]
@@ -116,7 +124,7 @@ class TransformerNetwork:
         assert self.batch is not None
         batch = self.batch
         output = self.backbone.predict(self.transformer, batch.inputs, batch.timestep, batch.condition)
-        return output[:, : self.channels].float()  # learned variance is left out
+        return batch.weighed(output[:, : self.channels].float())  # learned variance is left out
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ def _outputs(transformer: nn.Module, batches: list[list[Batch]]) -> list[Tensor]
 
     def output(batch: Batch) -> Tensor:
         full = backbone.predict(transformer, batch.inputs, batch.timestep, batch.condition)
-        return full[:, :channels].float()
+        return batch.weighed(full[:, :channels].float())
 
     with _evaluating(transformer):
         return [torch.cat([output(batch) for batch in own]) for own in batches]

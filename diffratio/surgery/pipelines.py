@@ -29,7 +29,9 @@ class SchedulerMixin(Converted):
         transformer, state = self._diffratio_transformer, self._diffratio
         timesteps: Tensor = self.timesteps  # type: ignore[attr-defined]
         config: Any = self.config  # type: ignore[attr-defined]
-        if config.get("prediction_type") == "flow_prediction":  # its timesteps are cut to integers, its sigmas are not
+        if (
+            config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        ):  # its timesteps are cut to integers, its sigmas are not
             timesteps = self.sigmas[: len(timesteps)] * config.num_train_timesteps  # type: ignore[attr-defined]
         levels = tuple(state.backbone.scheduler_level(timesteps.detach().cpu()).clamp(0, 1).tolist())
         guidance: Guidance = "none" if state.halves == "one" else "cfg"

@@ -17,7 +17,7 @@ from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
 from diffratio.backbones.base import NOTES, TEXT_TOKENS
 from diffratio.backbones.widening import image_channels
-from diffratio.checkpoint import load_skeleton, load_transformer, text_of
+from diffratio.checkpoint import load_skeleton, load_transformer, read_card, resolve, text_of
 from diffratio.conditions import Captions
 from diffratio.cost.macs import CostTable, Description, macs_table, ratio_table
 from diffratio.cost.run import Guidance, SamplingRun
@@ -62,6 +62,8 @@ def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(default, tuple):
+            if not isinstance(value, str | list | tuple):
+                raise DiffratioError(f"{section}.{key} is {value!r}; it takes a list such as {list(default)}")
             value = (value,) if isinstance(value, str) else tuple(value)
         kind = str if default is None else type(default)
         if type(value) is not kind and value is not default:
@@ -94,6 +96,7 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
         raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
     if settings["config"] and settings["config"].get(TEXT_TOKENS):
         backbone.set_text_tokens_(transformer, settings["config"][TEXT_TOKENS])
+    _check_objective(cfg, weights)
     sees_holes_(transformer, cfg, inpaint_settings(cfg))
     if isinstance(data, LatentData):
         check_latents(transformer, data, settings["source"], cfg["objective"]["name"])
@@ -122,14 +125,27 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     return transformer
 
 
+def _check_objective(cfg: Config, weights: bool) -> None:
+    """A base whose card says what it predicts is trained to predict that."""
+    place = resolve(cfg["backbone"]["source"]) if cfg["backbone"]["source"] and weights else None
+    if isinstance(place, Path) and (place / "card.json").is_file():
+        own, asked = read_card(place).objective, cfg["objective"]["name"]
+        if own != asked:
+            raise DiffratioError(
+                f"objective={asked}, and backbone.source={cfg['backbone']['source']!r} predicts {own}; "
+                f"set objective={own}"
+            )
+
+
 def _check_config(settings: Config, transformer: nn.Module) -> None:
     """Where a config stands beside a source it says what is there, so that a check needs no weights."""
     found: Any = transformer.config
     for key, value in (settings["config"] or {}).items():
-        if key not in NOTES and found.get(key) != value:
+        here = image_channels(transformer) if key == "in_channels" else found.get(key)  # a widened base has more
+        if key not in NOTES and here != value:
             raise DiffratioError(
                 f"backbone.config.{key} is {value!r}, and backbone.source={settings['source']!r} has "
-                f"{found.get(key)!r}; mend it, or set backbone.config=null"
+                f"{here!r}; mend it, or set backbone.config=null"
             )
 
 

@@ -18,6 +18,8 @@ from diffratio.data.latents import LatentData
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json
 
+_DIT_CLASSES = 1000  # that diffusers' pipeline is written for
+
 
 def check_latents(transformer: nn.Module, data: LatentData, source: str | None, objective: str) -> None:
     """Checks latents against a model, and notes in it how many text tokens a sample has.
@@ -60,6 +62,11 @@ def check_latents(transformer: nn.Module, data: LatentData, source: str | None, 
         raise DiffratioError(
             f"data.source={data.source!r} has {what}, and the model {backbone.null_label(transformer)} classes; "
             "precompute it with data.num_classes, or choose another backbone"
+        )
+    elif objective != "noise" or backbone.null_label(transformer) != _DIT_CLASSES:
+        raise DiffratioError(
+            f"class-conditional latents are sampled by diffusers' DiTPipeline, which takes objective=noise and "
+            f"{_DIT_CLASSES} classes, and this is objective={objective} and {backbone.null_label(transformer)} classes"
         )
 
 

@@ -19,6 +19,7 @@ from PIL import Image as Pictures
 
 from diffratio.data import ImageData, balanced_subset, embedded_folder, embedded_sets
 from diffratio.data.decode import decode
+from diffratio.data.latents import LatentData
 from diffratio.data.split import interleaved
 from diffratio.errors import DiffratioError
 
@@ -261,7 +262,8 @@ def test_position_below_zero() -> None:
 def test_configs_are_the_arguments(file: Path) -> None:
     assert file.read_text().startswith("# python train.py data=" + file.stem)
     config: Any = OmegaConf.create({"data": OmegaConf.load(file)}).data
-    assert set(config) == set(inspect.signature(ImageData.__init__).parameters) - {"self"}
+    kind: Any = LatentData if config.pop("kind", None) == "precomputed" else ImageData
+    assert set(config) == set(inspect.signature(kind.__init__).parameters) - {"self", "inpaint"}
     if OmegaConf.is_missing(config, "source") or "/" in config.source:  # a hub id: no network here
         config["source"] = "fashion_mnist"
     resolved: Any = OmegaConf.to_container(config, resolve=True)

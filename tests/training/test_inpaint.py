@@ -237,7 +237,6 @@ def test_the_command_line_fills_pictures(
     assert np.asarray(Image.open(out)).shape[:2] == (16 * 3, (6 * 17 - 1) * 3)
     assert sample(filling, "--image", picture)[0] == 0
     for folder, more, message in (
-        (filling, [], "fills holes in pictures: --image"),
         (filling, ["--image", picture, "--mask", str(here / "small.png")], "8x8 and the pictures are 16x16"),
         (filling, ["--image", str(here / "small.png")], "mask is 16x16 and the picture 8x8"),
         (filling, ["--image", "missing.png"], "'missing.png' cannot be read"),

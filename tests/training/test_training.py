@@ -197,8 +197,8 @@ def test_distillation_starts_at_zero_and_leaves_the_teacher(
     teachers: list[dict[str, torch.Tensor]] = []
     original = build.dense_copy
 
-    def copy(transformer: torch.nn.Module) -> torch.nn.Module:
-        teacher = original(transformer)
+    def copy(transformer: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        teacher = original(transformer, **options)
         teachers.append({name: value.clone() for name, value in teacher.state_dict().items()})
         return teacher
 
