@@ -60,7 +60,7 @@ def test_ls_lists_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"dense", "diffcr", "tome"} <= set(found["methods"])
     assert "dit" in found["backbones"] and "fashion_mnist" in found["data"]
     for name, line in found["experiments"].items():
-        assert line.startswith(f"diffratio train experiment={name}")
+        assert line.startswith((f"diffratio train experiment={name}", f"diffratio check {name}"))
     assert main(["ls", "methods"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("methods:\n") and "  tome " in out and "backbones" not in out

@@ -264,6 +264,8 @@ def test_configs_are_the_arguments(file: Path) -> None:
     config: Any = OmegaConf.create({"data": OmegaConf.load(file)}).data
     kind: Any = LatentData if config.pop("kind", None) == "precomputed" else ImageData
     assert set(config) == set(inspect.signature(kind.__init__).parameters) - {"self", "inpaint"}
+    if kind is LatentData:  # needs a folder that precompute wrote; see test_precompute
+        return
     if OmegaConf.is_missing(config, "source") or "/" in config.source:  # a hub id: no network here
         config["source"] = "fashion_mnist"
     resolved: Any = OmegaConf.to_container(config, resolve=True)
