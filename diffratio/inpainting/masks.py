@@ -97,7 +97,7 @@ def read_mask(path: Path, size: int) -> NDArray[np.bool_]:
     try:
         with Image.open(path) as picture:
             grey = np.asarray(picture.convert("L"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise DiffratioError(f"mask {str(path)!r} cannot be read ({error}); give a PNG, white = hole") from None
     height, width = grey.shape
     if (height, width) != (size, size):

@@ -99,6 +99,6 @@ def read_pictures(paths: Sequence[str]) -> list[Any]:
             with Image.open(path) as picture:
                 picture.load()
                 found.append(picture)
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
             raise DiffratioError(f"picture {path!r} cannot be read ({error}); give a PNG or JPEG") from None
     return found
