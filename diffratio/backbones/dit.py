@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import attention_modules, index_attention_, plain_attention_
-from diffratio.backbones.base import Patched, register
+from diffratio.backbones.base import Patched, modulate_visibly_, register
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
@@ -94,10 +94,7 @@ class DiT(Patched):
             "num_embeds_ada_norm": 10,
         }
         transformer: Any = DiTTransformer2DModel(**(sizes | changes))
-        # diffusers' default initialisation makes the modulation tiny; tests need blocks that visibly change tokens
-        for block in self.blocks(transformer):
-            nn.init.normal_(block.norm1.linear.weight, std=0.3)  # type: ignore[union-attr,arg-type]
-            nn.init.normal_(block.norm1.linear.bias, std=0.3)  # type: ignore[union-attr,arg-type]
+        modulate_visibly_(block.norm1 for block in transformer.transformer_blocks)
         return transformer
 
     def prepare_(self, transformer: nn.Module) -> dict[str, Any]:

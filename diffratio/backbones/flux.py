@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import index_attention_, plain_attention_
-from diffratio.backbones.base import TEXT_TOKENS, TIMESTEPS, TOKEN_SIDE, FromDiffusers, register
+from diffratio.backbones.base import TEXT_TOKENS, TIMESTEPS, TOKEN_SIDE, FromDiffusers, modulate_visibly_, register
 from diffratio.backbones.rotary import RotaryAttention
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import Guidance, SamplingRun
@@ -195,12 +195,9 @@ class Flux(FromDiffusers):
         side = changes.pop("token_side", 4)
         transformer: Any = FluxTransformer2DModel(**(sizes | changes))
         transformer.register_to_config(**{TOKEN_SIDE: side})
-        # diffusers' default initialisation makes the modulation tiny; tests need blocks that visibly change tokens
         for block in self.blocks(transformer):
-            for name in ("norm", "norm1", "norm1_context"):
-                if (norm := getattr(block, name, None)) is not None:
-                    nn.init.normal_(norm.linear.weight, std=0.3)
-                    nn.init.normal_(norm.linear.bias, std=0.3)
+            names = ("norm", "norm1", "norm1_context")
+            modulate_visibly_(getattr(block, name) for name in names if getattr(block, name, None) is not None)
         return transformer
 
     def index_attention_(self, transformer: nn.Module) -> Any:

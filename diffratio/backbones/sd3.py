@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import index_attention_, plain_attention_
-from diffratio.backbones.base import Patched, register
+from diffratio.backbones.base import Patched, modulate_visibly_, register
 from diffratio.backbones.joint import JointAttention
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import Guidance, SamplingRun
@@ -138,11 +138,9 @@ class SD3(Patched):
         sizes |= changes
         sizes.setdefault("caption_projection_dim", sizes["num_attention_heads"] * sizes["attention_head_dim"])
         transformer: Any = SD3Transformer2DModel(**sizes)
-        # diffusers' default initialisation makes the modulation tiny; tests need blocks that visibly change tokens
-        for block in transformer.transformer_blocks:
-            for norm in (block.norm1, block.norm1_context):
-                nn.init.normal_(norm.linear.weight, std=0.3)
-                nn.init.normal_(norm.linear.bias, std=0.3)
+        modulate_visibly_(
+            norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)
+        )
         return transformer
 
     def index_attention_(self, transformer: nn.Module) -> Any:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from diffratio.backbones import backbone_of
 from diffratio.conditions import Conditions
 from diffratio.errors import DiffratioError
-from diffratio.sampling.pipeline import PixelPipeline
+from diffratio.sampling.pipeline import FamilyPipeline
 from diffratio.sampling.vae import LatentCoder
 
 
-class LatentPipeline(PixelPipeline):
+class LatentPipeline(FamilyPipeline):
     """Samples a transformer that works on latents, for conditions by number; made by `latent_pipeline`, never saved."""
 
     _asked = "conditions"
@@ -26,16 +25,6 @@ class LatentPipeline(PixelPipeline):
     def __init__(self, transformer: Any, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        self._guidance_order = backbone_of(transformer).guidance_order
-
-    @property
-    def guidance_order(self) -> Any:  # type: ignore[override]
-        """As the family's own pipelines have it."""
-        return self._guidance_order
-
-    def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """As in training, where some families are told the size of the sample, too."""
-        return backbone_of(self.transformer).predict(self.transformer, inputs, timestep, arguments)
 
     def decode(self, x: Tensor, output_type: str = "pt") -> Any:
         """Pictures of scaled latents (B, C, h, w); see `PixelPipeline.decode`."""
@@ -70,9 +59,7 @@ class LatentPipeline(PixelPipeline):
             raise DiffratioError("guidance needs a condition that means none, and these have no such number")
 
         def arguments(numbers: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-            found = self.conditions.arguments(torch.tensor(numbers, device=device))
-            dtype = self.transformer.dtype
-            return {key: one.to(dtype) if one.is_floating_point() else one for key, one in found.items()}
+            return self.conditions.arguments(torch.tensor(numbers, device=device))
 
         return self._sample(
             len(labels),

@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffratio.backbones import backbone_of
 from diffratio.backbones.widening import image_channels, inpaints
 from diffratio.conditions import EncoderId
 from diffratio.cost.run import Halves
@@ -70,9 +71,9 @@ class PixelPipeline(DiffusionPipeline):
             raise DiffratioError(f"{len(generator)} generators for {batch} {self._asked}: give one for each")
         device = self._execution_device
         guided = guidance_scale > 1
-        arguments = dict(condition(device))
+        arguments = self._placed(condition(device), device)
         if guided:
-            other = no_condition(device)
+            other = self._placed(no_condition(device), device)
             first, second = (arguments, other) if self.guidance_order == "cond_first" else (other, arguments)
             arguments = {key: torch.cat([first[key], second[key]]) for key in arguments}  # (2B, ...)
 
@@ -103,6 +104,11 @@ class PixelPipeline(DiffusionPipeline):
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _placed(self, arguments: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Arguments where the transformer is, floating ones in its computing type."""
+        dtype = self.transformer.dtype
+        return {key: one.to(device, dtype if one.is_floating_point() else None) for key, one in arguments.items()}
 
     def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The transformer's output, (B or 2B, C or 2C, H, W)."""
@@ -183,6 +189,19 @@ class PixelPipeline(DiffusionPipeline):
         # Looked up along the class's bases: a subclass may pass its arguments on unnamed.
         steps = (base.__dict__["step"] for base in type(self.scheduler).__mro__ if "step" in base.__dict__)
         return any(argument in inspect.signature(step).parameters for step in steps)
+
+
+class FamilyPipeline(PixelPipeline):
+    """A loop for any known family, as its backbone says: how it is called, and how it batches the guidance halves."""
+
+    @property
+    def guidance_order(self) -> Halves:  # type: ignore[override]
+        """As the family's own pipelines have it."""
+        return backbone_of(self.transformer).guidance_order
+
+    def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """As in training, where some families are told the size of the sample, too."""
+        return backbone_of(self.transformer).predict(self.transformer, inputs, timestep, arguments)
 
 
 class PixelDiTPipeline(PixelPipeline):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from diffratio.backbones import backbone_of
 from diffratio.conditions import EncoderId, TextEncoder, encode_captions, text_encoder
-from diffratio.cost.run import Halves
 from diffratio.errors import DiffratioError
-from diffratio.sampling.pipeline import PixelPipeline
+from diffratio.sampling.pipeline import FamilyPipeline
 
 _KEPT = 4096  # prompts whose states are kept
 
 
-class PixelTextPipeline(PixelPipeline):
+class PixelTextPipeline(FamilyPipeline):
     """Samples a text-conditional transformer that works on pixels; saves and loads as any diffusers pipeline.
 
     The text encoder is not stored along: it is named, and loaded when the first prompt comes.
@@ -32,7 +30,6 @@ class PixelTextPipeline(PixelPipeline):
         prompts: what `generate` asks for in turn where it is given none.
     """
 
-    guidance_order: ClassVar[Halves] = "uncond_first"
     _asked = "prompts"
 
     def __init__(self, transformer: Any, scheduler: Any, text: Mapping[str, Any]) -> None:
@@ -43,10 +40,6 @@ class PixelTextPipeline(PixelPipeline):
         self.prompts: tuple[str, ...] = ()
         self._encoder: TextEncoder | None = None
         self._known: dict[str, dict[str, Tensor]] = {}
-
-    def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """As in training, where some families are told the size of the sample, too."""
-        return backbone_of(self.transformer).predict(self.transformer, inputs, timestep, arguments)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The transformer's arguments for prompts (B entries each); those seen lately are not encoded again.
@@ -113,22 +106,19 @@ class PixelTextPipeline(PixelPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(one, str) for one in prompts):
             raise DiffratioError(f"prompt must be a text or a list of texts, got {prompt!r}")
-        against = list(negative_prompt) if isinstance(negative_prompt, list | tuple) else [negative_prompt or ""]
+        against: list[Any] = (
+            list(negative_prompt) if isinstance(negative_prompt, list | tuple) else [negative_prompt or ""]
+        )
         against = against * len(prompts) if len(against) == 1 else against
         if len(against) != len(prompts) or not all(isinstance(one, str) for one in against):
             raise DiffratioError(
                 f"negative_prompt {negative_prompt!r} for {len(prompts)} prompts: give one text, or one for each"
             )
 
-        def arguments(texts: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-            found = self.encode(texts)
-            dtype = self.transformer.dtype
-            return {key: one.to(device, dtype if one.is_floating_point() else None) for key, one in found.items()}
-
         shared = (guidance_scale, num_inference_steps, generator, latents, output_type, return_dict, image, mask, paste)
         return self._sample(
             len(prompts),
-            lambda device: arguments(prompts, device),
-            lambda device: arguments(against, device),
+            lambda device: self.encode(prompts),
+            lambda device: self.encode(against),
             *shared,
         )
