@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 
 # public name -> module; imported when first used, so that `import diffratio` stays cheap
 _LAZY = {
+    "BlockCache": "diffratio.methods.block_cache",
     "BlockDrop": "diffratio.methods.block_drop",
+    "DaTo": "diffratio.methods.dato",
     "Dense": "diffratio.methods.dense",
     "DiffCR": "diffratio.methods.diffcr",
     "FewerSteps": "diffratio.methods.fewer_steps",
@@ -29,6 +31,7 @@ _LAZY = {
     "LatencyTable": "diffratio.cost.table",
     "SamplingRun": "diffratio.cost.run",
     "KeepSchedule": "diffratio.routing.schedule",
+    "StepSchedule": "diffratio.methods.step_schedule",
     "TokenGrid": "diffratio.tokens.grid",
     "apply_": "diffratio.surgery",
     "remove_": "diffratio.surgery",
@@ -43,6 +46,7 @@ _LAZY = {
     "for_budget": "diffratio.surgery",
     "calibrate": "diffratio.sensitivity",
     "load_cost_table": "diffratio.cost.table",
+    "load_step_schedule": "diffratio.methods.step_schedule",
     "load_sensitivity": "diffratio.sensitivity",
     "load_transformer": "diffratio.checkpoint",
     "load_pipeline": "diffratio.checkpoint",
@@ -58,7 +62,9 @@ if TYPE_CHECKING:
     from diffratio.cost.run import SamplingRun as SamplingRun
     from diffratio.cost.table import LatencyTable as LatencyTable
     from diffratio.cost.table import load_cost_table as load_cost_table
+    from diffratio.methods.block_cache import BlockCache as BlockCache
     from diffratio.methods.block_drop import BlockDrop as BlockDrop
+    from diffratio.methods.dato import DaTo as DaTo
     from diffratio.methods.dense import Dense as Dense
     from diffratio.methods.diffcr import DiffCR as DiffCR
     from diffratio.methods.fewer_steps import FewerSteps as FewerSteps
@@ -70,6 +76,8 @@ if TYPE_CHECKING:
     from diffratio.methods.mod import MoD as MoD
     from diffratio.methods.random_keep import RandomKeep as RandomKeep
     from diffratio.methods.sdtm import SDTM as SDTM
+    from diffratio.methods.step_schedule import StepSchedule as StepSchedule
+    from diffratio.methods.step_schedule import load_step_schedule as load_step_schedule
     from diffratio.methods.todo import ToDo as ToDo
     from diffratio.methods.tofu import ToFu as ToFu
     from diffratio.methods.tome import ToMe as ToMe

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 # name -> (module, one line); modules are imported when a method is used
 METHODS: dict[str, tuple[str, str]] = {
+    "block_cache": (
+        "diffratio.methods.block_cache",
+        "a range of blocks skipped between full steps, its residual added",
+    ),
     "block_drop": ("diffratio.methods.block_drop", "routed; whole blocks bypassed, those of least change first"),
+    "dato": ("diffratio.methods.dato", "prunes beside the most dynamic tokens, caches steps; training-free (DaTo)"),
     "dense": ("diffratio.methods.dense", "every token in every block: the control that does nothing"),
     "diffcr": ("diffratio.methods.diffcr", "learned routers and differentiable keep ratios, layer x region"),
     "fewer_steps": ("diffratio.methods.fewer_steps", "the dense model at the step count that costs the budget"),

@@ -28,6 +28,7 @@ SAMPLED = [
     *((kind, "guidance_interval") for kind in ("alpha", "sigma", "sd3")),
     *((kind, name) for kind in ("sd3", "flux") for name in ("mod", "tome")),
     ("flux", "sdtm"),
+    ("sd3", "dato"),
 ]
 
 

@@ -14,10 +14,18 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Skip:
-    """Blocks `first` to `last`, both included, are not run: their residual of the last full step is added instead."""
+    """Blocks `first` to `last`, both included, are not run: their residual of the last full step is added instead.
+
+    Args:
+        first: index of the first skipped block, from 0.
+        last: index of the last one.
+        extrapolate: whether the residual is carried on linearly from those of the last two full steps, by noise level;
+            where there is only one, it is used as it is.
+    """
 
     first: int
     last: int
+    extrapolate: bool = False
 
     def __post_init__(self) -> None:
         for bound in (self.first, self.last):
@@ -27,6 +35,11 @@ class Skip:
             raise DiffratioError(
                 f"skipped blocks {self.first} to {self.last} are none: the last comes before the first"
             )
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The range, by which residuals are kept."""
+        return self.first, self.last
 
     def covers(self, layer: int) -> bool:
         """Whether a block lies in the range."""

@@ -16,6 +16,7 @@ from diffratio.cost.macs import BlockUse, Cost, CostTable, Description, run_cost
 from diffratio.cost.run import SamplingRun, StepContext
 from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
 from diffratio.methods.actions import Reuse, Skip, StepAction
+from diffratio.methods.step_schedule import StepSchedule, load_step_schedule
 from diffratio.methods.streams import Joint, Result, image_of, with_image
 from diffratio.routing.schedule import SLACK, KeepSchedule
 from diffratio.tokens.plan import Plan
@@ -195,6 +196,14 @@ class Method:
     def __init__(self, config: Any, description: Description) -> None:
         self.config = config
         self.description = description
+
+    @property
+    def decides_steps(self) -> bool:
+        """Whether it may do something else with a step than compute it."""
+        return type(self).action is not Method.action
+
+    def check_beside(self, others: Sequence[Method]) -> None:
+        """Raises DiffratioError for a method on the same transformer that this one does not go with."""
 
     def block_modules(self) -> list[nn.Module] | None:
         """One module a block, to be registered there as `router`."""
@@ -416,12 +425,12 @@ def config_to_json(config: MethodConfig) -> dict[str, Any]:
     document: dict[str, Any] = {"name": config.method.name}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        document[field.name] = value.to_json() if isinstance(value, KeepSchedule) else value
+        document[field.name] = value.to_json() if isinstance(value, KeepSchedule | StepSchedule) else value
     return document
 
 
 def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
-    """Inverse of `config_to_json`; also reads the YAML of the `method` group.
+    """Inverse of `config_to_json`; also reads the YAML of the `method` group, where a step schedule is a file's name.
 
     Raises:
         DiffratioError: unknown method or key (the nearest names are given), or a value the config refuses.
@@ -434,6 +443,8 @@ def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
             raise unknown(f"key of method {document['name']!r}", key, fields)
         if "KeepSchedule" in fields[key] and isinstance(value, Mapping):
             values[key] = KeepSchedule.from_json(value)
+        elif "StepSchedule" in fields[key] and value is not None:
+            values[key] = StepSchedule.from_json(value) if isinstance(value, Mapping) else load_step_schedule(value)
         elif isinstance(value, list):
             values[key] = tuple(value)
     try:

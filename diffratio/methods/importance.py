@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from diffratio.cost.macs import BlockUse, Description
 from diffratio.cost.run import SamplingRun, StepContext
@@ -29,6 +28,7 @@ from diffratio.methods.merging import (
     same_samples,
     whole,
 )
+from diffratio.methods.predictions import token_distance
 from diffratio.tokens.grid import TokenGrid
 from diffratio.tokens.matching import (
     cell_destinations,
@@ -178,11 +178,7 @@ class ImportanceMethod(Method):
         if self.settings.ratio == 0:
             return
         first, second = output.detach().float().chunk(2)  # in either order
-        height, width = output.shape[-2:]
-        channels = _channels(self.description, output.shape[1], height * width // ctx.grid.tokens)
-        difference = (first[:, :channels] - second[:, :channels]).abs().mean(1)  # (n, H, W)
-        area = functional.adaptive_avg_pool2d(difference, (ctx.grid.height, ctx.grid.width))
-        self.carried.next = area.flatten(1)
+        self.carried.next = token_distance(self.name, self.description, first, second, ctx.grid)
 
     def plan(self, layer: int, site: str, x: Tensor, ctx: StepContext) -> Plan | None:
         """Plans at the first block of a group; one split into sources and destinations a step and sample."""
@@ -290,19 +286,4 @@ def _unguided() -> DiffratioError:
     return DiffratioError(
         "importance compares the two guidance halves, so both must be in one batch: sample with guidance "
         "(guidance_scale above 1), or choose a method without it such as tome"
-    )
-
-
-def _channels(description: Description, channels: int, pixels: int) -> int:
-    """Predicted channels without those of a learned variance.
-
-    Patch embedding and output projection cost pixels * width * (channels in + channels out) a token.
-    """
-    entering = description.per_token // (pixels * description.width) - channels
-    for own in (channels, channels / 2):
-        if entering in (own, 2 * own + 1):  # an inpainting model sees the masked picture and the mask, too
-            return int(own)
-    raise DiffratioError(
-        f"importance cannot tell the noise among {channels} predicted channels of {description.family}: it takes "
-        "as many as the sample has, or twice as many (learned variance)"
     )

@@ -63,6 +63,8 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
     token_level = [method.name for method in methods if method.token_level]
     if len(token_level) > 1:
         raise DiffratioError(f"two token-level methods ({' and '.join(token_level)}) cannot share a transformer")
+    for method in methods:
+        method.check_beside([other for other in (*methods, *present) if other is not method])
     if present:
         attachment(transformer).add(methods)
         return transformer

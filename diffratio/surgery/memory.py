@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +16,46 @@ from diffratio.methods.actions import Skip
 Streams = tuple[Tensor | None, ...]  # what enters or leaves a block, one tensor a stream; None where a stream ends
 
 
+@dataclass(frozen=True)
+class Residual:
+    """What a block range added at one full step.
+
+    Args:
+        level: noise level u of the step.
+        halves: which guidance halves its batch held.
+        streams: one tensor a stream, None where a stream ends in the range.
+    """
+
+    level: float
+    halves: Halves
+    streams: Streams
+
+    def seen_from(self, wanted: Halves) -> Streams | None:
+        """For the halves of another forward; a missing unconditional half takes the conditional one's."""
+        if wanted == self.halves:
+            return self.streams
+        if wanted == "cond" and self.halves in ("cond_first", "uncond_first"):
+            return tuple(None if one is None else conditional(one, self.halves) for one in self.streams)
+        if wanted in ("cond_first", "uncond_first") and self.halves == "cond":
+            return tuple(None if one is None else torch.cat([one, one]) for one in self.streams)
+        return None
+
+
 class StepMemory:
     """Belongs to one run; a new run starts with an empty one.
 
     Args:
-        ranges: block ranges whose residual is kept.
+        ranges: block ranges whose residual is kept; of those that are extrapolated, two of them.
     """
 
     def __init__(self, ranges: tuple[Skip, ...] = ()) -> None:
-        self.ranges = ranges
+        self.depths: dict[tuple[int, int], int] = {}
+        for one in ranges:
+            self.depths[one.blocks] = max(self.depths.get(one.blocks, 1), 2 if one.extrapolate else 1)
         self._outputs: dict[Halves, Tensor] = {}
-        self._entered: dict[Skip, Streams] = {}
-        self._residuals: dict[Skip, dict[Halves, Streams]] = {}
+        self._entered: dict[tuple[int, int], Streams] = {}
+        # newest last; an unconditional half in a forward of its own is kept apart from everything else
+        self._residuals: dict[tuple[tuple[int, int], bool], list[Residual]] = {}
 
     def keep_output(self, output: Tensor, halves: Halves) -> None:
         """Keeps the prediction (B, ...) of an evaluated step."""
@@ -46,48 +75,64 @@ class StepMemory:
 
     def enter(self, layer: int, streams: Streams) -> None:
         """A block of an evaluated step is entered."""
-        for one in self.ranges:
-            if one.first == layer:
+        for one in self.depths:
+            if one[0] == layer:
                 self._entered[one] = streams
 
-    def leave(self, layer: int, streams: Streams, halves: Halves) -> None:
-        """And left: ranges that end here get their residual, by stream."""
-        for one in self.ranges:
-            if one.last == layer and one in self._entered:
-                kept = self._residuals.setdefault(one, {})
-                # the conditional half alone, and batched with the other one, stand for each other: the newest counts
-                for other in [known for known in kept if (known == "cond") != (halves == "cond") and known != "uncond"]:
-                    del kept[other]
-                kept[halves] = tuple(
+    def leave(self, layer: int, streams: Streams, halves: Halves, level: float = 0.0) -> None:
+        """And left, at a noise level: ranges that end here get their residual, by stream."""
+        for one, depth in self.depths.items():
+            if one[1] == layer and one in self._entered:
+                added = tuple(
                     None if before is None or after is None else (after - before).detach()
                     for before, after in zip(self._entered.pop(one), streams, strict=True)
                 )
+                kept = self._residuals.setdefault((one, halves == "uncond"), [])
+                if kept and kept[-1].level == level:  # the same step, forwarded once more
+                    kept.pop()
+                kept.append(Residual(level, halves, added))
+                del kept[:-depth]
 
-    def skip(self, one: Skip, streams: Streams, halves: Halves) -> Streams:
+    def skip(self, one: Skip, streams: Streams, halves: Halves, level: float = 0.0) -> Streams:
         """What would leave the range: what enters it plus the stored residual, by stream.
+
+        Args:
+            one: the range, and whether its residual is extrapolated.
+            streams: what enters it.
+            halves: which guidance halves the batch holds.
+            level: noise level u of this step.
 
         Raises:
             DiffratioError: the range was never run in this run, or with another batch.
         """
-        residual = _in_halves(self._residuals.get(one, {}), halves)
+        kept = self._residuals.get((one.blocks, halves == "uncond"), [])
+        residual = kept[-1].seen_from(halves) if kept else None
         if residual is None:
             raise DiffratioError(
                 f"a step skips blocks {one.first} to {one.last} and no step of this run stored their residual: a full "
                 "step must come before, and the method must name the range in skips(run)"
             )
+        if one.extrapolate:
+            residual = _extrapolated(kept, residual, halves, level)
         return tuple(None if add is None else _add(x, add) for x, add in zip(streams, residual, strict=True))
 
 
-def _in_halves(kept: Mapping[Halves, Streams], wanted: Halves) -> Streams | None:
-    """Stored streams for the halves of this forward; a missing unconditional half takes the conditional one's."""
-    if wanted in kept:
-        return kept[wanted]
-    for order in ("cond_first", "uncond_first"):
-        if wanted == "cond" and order in kept:
-            return tuple(None if one is None else conditional(one, order) for one in kept[order])
-        if wanted == order and "cond" in kept:
-            return tuple(None if one is None else torch.cat([one, one]) for one in kept["cond"])
-    return None
+def _extrapolated(kept: Sequence[Residual], newest: Streams, halves: Halves, level: float) -> Streams:
+    """r(u) = r1 + (r1 - r0) (u - u1) / (u1 - u0), in noise levels: steps need not be even."""
+    older = kept[-2].seen_from(halves) if len(kept) > 1 else None
+    if older is None:
+        return newest
+    start, end = kept[-2].level, kept[-1].level
+    weight = 1 + (level - end) / (end - start)  # equal levels never stand beside each other
+    return tuple(
+        None if before is None or after is None else _lerp(before, after, weight)
+        for before, after in zip(older, newest, strict=True)
+    )
+
+
+def _lerp(before: Tensor, after: Tensor, weight: float) -> Tensor:
+    _check_batch(before, after.shape[0])
+    return torch.lerp(before, after, weight)
 
 
 def _add(x: Tensor | None, residual: Tensor) -> Tensor | None:

@@ -96,7 +96,7 @@ class BlockMixin(Converted):
         if isinstance(state.action, Skip) and state.action.covers(layer):
             if layer > state.action.first:  # the residual is already on it
                 return _joined(entering)
-            return _joined(state.memory.skip(state.action, entering, context.halves))
+            return _joined(state.memory.skip(state.action, entering, context.halves, context.noise_level or 0.0))
         inner = super().forward if state.compile_options is None else _compiled(base, self, state)  # type: ignore[misc]
         attention = backbone.attention if state.owns_attention else None
         call = BlockCall(
@@ -109,11 +109,11 @@ class BlockMixin(Converted):
             backbone.streams,
             backbone.positions,
         )
-        if not state.memory.ranges or state.action is not None or context.run is None:
+        if not state.memory.depths or state.action is not None or context.run is None:
             return _joined(_leaving(state.token_method.run_block(layer, call, context), state))
         state.memory.enter(layer, entering)
         leaving = _leaving(state.token_method.run_block(layer, call, context), state)
-        state.memory.leave(layer, leaving, context.halves)
+        state.memory.leave(layer, leaving, context.halves, context.noise_level or 0.0)
         return _joined(leaving)
 
 

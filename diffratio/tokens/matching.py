@@ -29,6 +29,11 @@ def seeded_uniform(shape: tuple[int, ...], *keys: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(mixed_seed(*keys)))
 
 
+def seeded_normal(shape: tuple[int, ...], *keys: int) -> Tensor:
+    """Standard normal draws that depend on the keys alone; on the CPU, so that every device gets the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(mixed_seed(*keys)))
+
+
 def cell_destinations(grid: TokenGrid, cell: int, draws: Tensor | None) -> tuple[Tensor, Tensor]:
     """Splits the tokens into one destination a whole cell and sources (the rest, odd edges included).
 

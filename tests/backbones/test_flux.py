@@ -111,6 +111,7 @@ def test_every_method_runs_and_costs_what_is_counted(name: str) -> None:
     except BudgetUnreachable:
         schedule = diffratio.KeepSchedule(((10, 3), (4, 7), (5, 0), (10, 6)), run, 0.77)
         config = {
+            "block_cache": diffratio.BlockCache(),  # whole blocks of whole steps
             "dense": diffratio.Dense(),
             "diffcr": diffratio.DiffCR(schedule),
             "measured": diffratio.Measured(schedule),

@@ -124,9 +124,10 @@ def test_every_method_runs_and_costs_what_is_counted(name: str) -> None:
         config: Any = diffratio.for_budget(name, transformer, budget, run=run)
         assert budget - 0.01 <= config.method(config, SD3.describe(transformer)).macs(run).fraction <= budget
     except BudgetUnreachable:
-        assert name in ("dense", "diffcr", "measured")
+        assert name in ("block_cache", "dense", "diffcr", "measured")
         schedule = diffratio.KeepSchedule(((10, 3), (4, 7), (5, 0)), run, 0.77)
         config = {
+            "block_cache": diffratio.BlockCache(),  # whole blocks of whole steps
             "dense": diffratio.Dense(),
             "diffcr": diffratio.DiffCR(schedule),
             "measured": diffratio.Measured(schedule),

@@ -74,6 +74,16 @@ def _importance(name: str, **settings: Any) -> Row:
     return Row(name, "importance", lambda: make(**settings), lambda: make(**settings | {"ratio": 0.0}))
 
 
+def _dato(name: str, whole_run: bool = False, **settings: Any) -> Row:
+    make, neutral = diffratio.DaTo, settings | {"every": 1.0, "ratio": 0.0}
+    return Row(name, "dato", lambda: make(**settings), lambda: make(**neutral), whole_run=whole_run)
+
+
+def _block_cache(name: str, **settings: Any) -> Row:
+    make = diffratio.BlockCache
+    return Row(name, "block_cache", lambda: make(**settings), lambda: make(every=1.0), whole_run=True)
+
+
 BOTH = ("self_attention", "feed_forward")
 ROWS = [
     Row("dense", "dense", diffratio.Dense, diffratio.Dense),
@@ -161,6 +171,10 @@ ROWS = [
     _importance("importance"),
     _importance("importance sd", variant="sd", drop_steps=0),
     _importance("importance sd, one plan a step", variant="sd", plan_blocks=None, sites=BOTH),
+    _dato("dato"),
+    _dato("dato cached results", whole_run=True, every=3.0, scope="attn_ff", fill="cached", ratio=0.6),  # not step 0
+    _dato("dato release queries", action="E", scope="attn_q", refill="release", polarity="random"),
+    _block_cache("block_cache", extrapolate=True),
 ]
 BACKBONES = ("dit", "pixart", "sd3", "flux")
 SHARED = ("img_ids", "txt_ids")  # arguments of a forward without a batch
@@ -246,7 +260,7 @@ def run_of(backbone: str) -> SamplingRun:
     return RUN if get_backbone(backbone).condition == "class" else replace(RUN, text_tokens=TEXT)
 
 
-PAIRED = ("sdtm", "importance")  # these plan for both guidance halves at once
+PAIRED = ("sdtm", "importance", "dato")  # these plan for both guidance halves at once
 
 
 def pairs_halves(transformer: nn.Module) -> bool:
