@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from diffratio.errors import DiffratioError, Terminated
+from diffratio.errors import DiffratioError, ReportedElsewhere, Terminated, speaks
 from diffratio.training.run import train
 
 
@@ -15,7 +15,9 @@ def main(cfg: DictConfig) -> None:
     try:
         train(cfg)
     except (DiffratioError, Terminated) as error:
-        print(f"diffratio: {error}", file=sys.stderr)
+        silent = isinstance(error, ReportedElsewhere) or (isinstance(error, Terminated) and not speaks())
+        if not silent:  # one of several processes says it
+            print(f"diffratio: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

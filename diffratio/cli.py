@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffratio import __version__
-from diffratio.errors import DiffratioError, ReportedElsewhere, Terminated, unknown
+from diffratio.errors import DiffratioError, ReportedElsewhere, Terminated, speaks, unknown
 from diffratio.files import configs_folder
 
 KINDS = ("methods", "backbones", "data", "experiments", "checkpoints")
@@ -347,11 +347,6 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _speaks() -> bool:
-    """Whether this is the one of several processes that answers."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
@@ -368,14 +363,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
         with quiet, _terminable():
             answer = args.function(args)
-        if _speaks():
+        if speaks():
             _print(answer, args.json)
         sys.stdout.flush()
         return int(answer.code)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a wrong word
         return stop.code if isinstance(stop.code, int) else 1
     except Terminated as stop:
-        if _speaks():
+        if speaks():
             print(f"diffratio: {str(stop) or 'terminated'}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:

@@ -43,6 +43,7 @@ EXTRAS = {
         "cache-dit": "caching of others, beside ours in `diffratio bench methods`",
     },
     "tensorboard": {"tensorboard": "logger=tensorboard"},
+    "slurm": {"hydra-submitit-launcher": "hydra/launcher=slurm: a multirun as SLURM jobs"},
 }
 
 

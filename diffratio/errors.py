@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+
+
+def speaks() -> bool:
+    """Whether this is the one of several processes that answers, by what torchrun, Lightning or srun has told it."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name] == "0"
+    return True
 
 
 class DiffratioError(ValueError):
@@ -62,4 +71,13 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> DiffratioError:
 
 
 class ReportedElsewhere(DiffratioError):
-    """Ends a process whose group has failed: another process of the group says why, so this one prints nothing."""
+    """Ends a process whose group has failed: another process of the group says why, so this one prints nothing.
+
+    Args:
+        message: for a traceback.
+        exit_code: of the error that the other process reports.
+    """
+
+    def __init__(self, message: str, exit_code: int = DiffratioError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -28,7 +28,7 @@ from transformers import (
 from diffratio.backbones import get_backbone
 
 TEXT = 12  # text tokens of T5
-CLIP = 8  # and of the CLIP encoders, before them
+CLIP = 8  # and of the CLIP encoders, before them; those of the hub take 77
 PIPELINES = {
     "alpha": PixArtAlphaPipeline,
     "sigma": PixArtSigmaPipeline,
@@ -39,13 +39,13 @@ TEXT_TOKENS = {"alpha": TEXT, "sigma": TEXT, "sd3": CLIP + TEXT, "flux": TEXT}
 _LETTERS = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in ascii_lowercase)]
 
 
-def tiny_pipeline(kind: str, **changes: Any) -> Any:
+def tiny_pipeline(kind: str, clip_tokens: int = CLIP, **changes: Any) -> Any:
     """A pipeline in latent space whose prompts are spelled letter by letter; `changes` are the transformer's."""
     torch.manual_seed(0)
     if kind == "sd3":
-        return _stable_diffusion_3(**changes)
+        return _stable_diffusion_3(clip_tokens, **changes)
     if kind == "flux":
-        return _flux(**changes)
+        return _flux(clip_tokens, **changes)
     sizes = {"in_channels": 4, "out_channels": 8, "num_layers": 4} | changes
     pipe = PIPELINES[kind](
         tokenizer=T5Tokenizer(vocab=_LETTERS, extra_ids=0),
@@ -58,11 +58,13 @@ def tiny_pipeline(kind: str, **changes: Any) -> Any:
     return pipe
 
 
-def _stable_diffusion_3(**changes: Any) -> Any:
+def _stable_diffusion_3(clip_tokens: int, **changes: Any) -> Any:
     """SD3.5's parts: two CLIP encoders, whose channels stand side by side, and T5 after them."""
     sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 4} | changes
-    clip = [{"tokenizer": _clip_tokenizer(), "text_encoder": _clip(channels)} for channels in (4, 8)]
-    vae = _vae(shift=0.1)
+    clip = [
+        {"tokenizer": _clip_tokenizer(clip_tokens), "text_encoder": _clip(channels, clip_tokens)} for channels in (4, 8)
+    ]
+    vae = _vae(shift=0.1, channels=sizes["in_channels"])
     pipe = StableDiffusion3Pipeline(
         **clip[0],
         **{f"{name}_2": part for name, part in clip[1].items()},
@@ -76,12 +78,12 @@ def _stable_diffusion_3(**changes: Any) -> Any:
     return pipe
 
 
-def _flux(**changes: Any) -> Any:
+def _flux(clip_tokens: int, **changes: Any) -> Any:
     """FLUX.1-dev's parts: a CLIP encoder, whose pooled state alone is used, and T5; guidance as an input."""
     sizes = {"in_channels": 16, "num_layers": 2, "pooled_projection_dim": 4} | changes
     pipe = FluxPipeline(
-        tokenizer=_clip_tokenizer(),
-        text_encoder=CLIPTextModel(_clip(4).config).eval(),
+        tokenizer=_clip_tokenizer(clip_tokens),
+        text_encoder=CLIPTextModel(_clip(4, clip_tokens).config).eval(),
         tokenizer_2=T5Tokenizer(vocab=_LETTERS, extra_ids=0),
         text_encoder_2=_t5(),
         vae=_vae(shift=0.1),
@@ -92,13 +94,13 @@ def _flux(**changes: Any) -> Any:
     return pipe
 
 
-def _vae(shift: float | None = None) -> AutoencoderKL:
+def _vae(shift: float | None = None, channels: int = 4) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),  # type: ignore[arg-type]
         down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
         up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=channels,
         shift_factor=shift,  # type: ignore[arg-type]
     ).eval()
 
@@ -108,13 +110,13 @@ def _t5() -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def _clip_tokenizer(tokens: int) -> CLIPTokenizer:
     ends = [f"{letter}</w>" for letter in ascii_lowercase]
     words = [*ascii_lowercase, *ends, "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=CLIP)
+    return CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=tokens)
 
 
-def _clip(channels: int) -> CLIPTextModelWithProjection:
+def _clip(channels: int, tokens: int) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         vocab_size=54,
         hidden_size=channels,
@@ -122,7 +124,7 @@ def _clip(channels: int) -> CLIPTextModelWithProjection:
         projection_dim=3,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=CLIP,
+        max_position_embeddings=tokens,
         bos_token_id=52,
         eos_token_id=53,
     )

@@ -46,6 +46,10 @@ class Backbone(ABC):
             and image tokens in one, text first. None where there is no such argument.
         attention: name of the block argument, a dictionary, whose entries reach the processors that
             `index_attention_` puts in; None where the family has none.
+        root_blocks: blocks whose submodules the transformer's own forward calls too: sharding leaves them in its unit.
+        fold: side of the square of a sample's pixels that `predict` folds into one position with more channels before
+            the transformer sees it; 1 leaves samples as they are.
+        objectives: what such transformers can be trained to predict.
     """
 
     name: ClassVar[str]
@@ -61,6 +65,9 @@ class Backbone(ABC):
     guidance_order: ClassVar[Halves] = "cond_first"
     positions: ClassVar[str | None] = None
     attention: ClassVar[str | None] = None
+    root_blocks: ClassVar[tuple[int, ...]] = ()
+    fold: ClassVar[int] = 1
+    objectives: ClassVar[tuple[str, ...]] = ("flow", "flow_sample", "noise")
 
     @abstractmethod
     def matches(self, transformer: nn.Module) -> bool:
@@ -98,6 +105,30 @@ class Backbone(ABC):
     def scheduler_level(self, timesteps: Tensor) -> Tensor:
         """Timesteps of a scheduler -> noise levels; the default is that pipelines hand them on as they are."""
         return self.noise_level(timesteps)
+
+    def model_time(self, timesteps: Tensor) -> Tensor:
+        """Timesteps of a scheduler -> the family's timestep input; the default is that they are the same."""
+        return timesteps
+
+    def level_shift(self, transformer: nn.Module) -> float:
+        """Shift of a flow scheduler that gives the noise levels of `default_run`; 1 spreads them evenly."""
+        return 1.0
+
+    @abstractmethod
+    def sample_side(self, transformer: nn.Module) -> int:
+        """Height and width of a sample of the configured size."""
+
+    def packed(self, sample: Tensor) -> Tensor:
+        """A sample (B, C, H, W) as the family's usual pipeline takes latents."""
+        return sample
+
+    def unpacked(self, packed: Tensor, grid: TokenGrid) -> Tensor:
+        """Inverse of `packed`, for a token grid."""
+        return packed
+
+    def scale_input(self, transformer: nn.Module, scale: float, batch: int) -> dict[str, Tensor]:
+        """The argument that tells the transformer the guidance scale; empty where guidance is two halves."""
+        return {}
 
     def predict(self, transformer: nn.Module, inputs: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> Tensor:
         """The transformer's output.
@@ -185,15 +216,16 @@ class Backbone(ABC):
         return self.text_tokens(transformer)
 
     def text_width(self, transformer: nn.Module) -> int:
-        """Channels of a text token's state, of families that read one text encoder.
+        """Channels of a text token's state.
 
         Raises:
-            DiffratioError: the family reads none, or several.
+            DiffratioError: the family reads no text.
         """
-        raise DiffratioError(
-            f"backbone {self.name} does not read the states of one text encoder, and training, comparing and sampling "
-            "by captions take those alone; sample it with its own pipeline: diffratio.load_pipeline(folder)(prompts)"
-        )
+        raise DiffratioError(f"backbone {self.name} reads no text; it is conditioned on {self.condition}")
+
+    def pooled_width(self, transformer: nn.Module) -> int:
+        """Channels of the state that stands for a whole text beside its tokens'; 0 where the family reads none."""
+        return 0
 
     def set_text_tokens_(self, transformer: nn.Module, tokens: int) -> None:
         """Notes in the configuration how many text tokens a sample has; diffusers ignores and keeps the note."""
@@ -257,6 +289,11 @@ class Patched(FromDiffusers):
                 f"{patch} times the VAE's scale factor"
             )
         return TokenGrid(height // patch, width // patch)
+
+    def sample_side(self, transformer: nn.Module) -> int:
+        """`sample_size` of the configuration."""
+        config: Any = transformer.config
+        return int(config.sample_size)
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """`transformer_blocks`."""

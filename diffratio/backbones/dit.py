@@ -28,6 +28,7 @@ class DiT(Patched):
     sites = {"self_attention": "attn1", "feed_forward": "ff"}
     batched = ("hidden_states", "timestep", "class_labels")
     attention = "cross_attention_kwargs"
+    root_blocks = (0,)  # the last layer is conditioned by its embedder
 
     def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
         """Raises DiffratioError where the sample is not a square of whole patches, which diffusers' DiT needs."""

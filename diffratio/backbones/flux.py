@@ -12,7 +12,15 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from diffratio.backbones.attention import index_attention_, plain_attention_
-from diffratio.backbones.base import TEXT_TOKENS, TIMESTEPS, TOKEN_SIDE, FromDiffusers, modulate_visibly_, register
+from diffratio.backbones.base import (
+    TEXT_TOKENS,
+    TIMESTEPS,
+    TOKEN_SIDE,
+    FromDiffusers,
+    modulate_visibly_,
+    patches,
+    register,
+)
 from diffratio.backbones.rotary import RotaryAttention
 from diffratio.cost.macs import BlockCost, Description, SiteCost
 from diffratio.cost.run import Guidance, SamplingRun
@@ -24,6 +32,7 @@ _TEXT_TOKENS = {True: 512, False: 256}  # of T5 in the pipelines of dev, which e
 _SIDE = 64  # tokens, of the pipelines' 1024 x 1024 pixels
 _SHIFT = ((256, 0.5), (4096, 1.15))  # image tokens and logarithm of the shift of the noise levels, dev's two points
 _GUIDANCE = 3.5  # the pipeline's default
+_TRAINED = 1.0  # what the model is told while it is trained, as in diffusers' own scripts
 
 
 @register
@@ -33,8 +42,8 @@ class Flux(FromDiffusers):
     Only image tokens are reduced; the bypass of a block bypasses both streams. A single block computes attention and
     MLP side by side and projects them out in one, so it has no site `feed_forward`: plans there leave it alone.
 
-    Samples and predictions are by token: the pipeline packs 2x2 latents into one. The token grid is read from
-    `img_ids`. The guidance scale is an input, so runs have no guidance halves.
+    The transformer sees samples by token, 2x2 latents in one; `predict` folds (B, C, H, W) and unfolds the prediction.
+    The token grid is read from `img_ids`. The guidance scale is an input, so runs have no guidance halves.
     """
 
     name = "flux"
@@ -55,6 +64,8 @@ class Flux(FromDiffusers):
     guidance_order = "one"
     attention = "joint_attention_kwargs"
     positions = "image_rotary_emb"
+    fold = 2
+    objectives = ("flow", "flow_sample")  # its timestep input is the level itself
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """`transformer_blocks`, then `single_transformer_blocks`."""
@@ -66,18 +77,28 @@ class Flux(FromDiffusers):
         return super().site_modules(block, site) if hasattr(block, self.sites[site]) else []
 
     def grid(self, transformer: nn.Module, sample: Tensor | None = None) -> TokenGrid:
-        """The square grid of a sample (B, N, C) by token, or the default one: 64x64, or `_token_side` of a config.
+        """The grid of a sample (B, C, H, W), the square one of a sample by token (B, N, C), or the default one.
+
+        That is 64x64, or `_token_side` of a configuration.
 
         Raises:
-            DiffratioError: N is no square, or the sample is not packed.
+            DiffratioError: N is no square, or a height or width is odd.
         """
         side = int(_config(transformer).get(TOKEN_SIDE, _SIDE))
         if sample is None:
             return TokenGrid(side, side)
+        if sample.ndim == 4:
+            height, width = sample.shape[-2:]
+            if height % self.fold or width % self.fold:
+                raise DiffratioError(
+                    f"a {height}x{width} sample does not fit flux: it takes 2x2 latents as one token; choose a height "
+                    "and width of the picture that are multiples of twice the VAE's scale factor"
+                )
+            return TokenGrid(height // self.fold, width // self.fold)
         if sample.ndim != 3:
             raise DiffratioError(
-                f"flux takes packed latents (batch, tokens, channels), got {tuple(sample.shape)}: pack 2x2 latents "
-                "into one token as FluxPipeline does; diffratio train does not pack"
+                f"flux takes samples (batch, channels, height, width) or by token (batch, tokens, channels), got "
+                f"{tuple(sample.shape)}"
             )
         tokens = sample.shape[1]
         side = math.isqrt(tokens)
@@ -113,6 +134,56 @@ class Flux(FromDiffusers):
         """u."""
         return noise_level
 
+    def text_width(self, transformer: nn.Module) -> int:
+        """`joint_attention_dim`: T5's."""
+        return int(_config(transformer).joint_attention_dim)
+
+    def pooled_width(self, transformer: nn.Module) -> int:
+        """Of CLIP's pooled state."""
+        return int(_config(transformer).pooled_projection_dim)
+
+    def level_shift(self, transformer: nn.Module) -> float:
+        """By the number of tokens (dev), or none (schnell)."""
+        dev = bool(_config(transformer).guidance_embeds)
+        return math.exp(_log_shift(self.grid(transformer).tokens)) if dev else 1.0
+
+    def sample_side(self, transformer: nn.Module) -> int:
+        """Twice the side of the default token grid."""
+        return self.fold * self.grid(transformer).height
+
+    def model_time(self, timesteps: Tensor) -> Tensor:
+        """u, as the pipeline gives it."""
+        return timesteps / TIMESTEPS
+
+    def packed(self, sample: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, 4 C), channels of a token in the order of channel, row, column."""
+        return patches(sample, self.fold)
+
+    def unpacked(self, packed: Tensor, grid: TokenGrid) -> Tensor:
+        """(B, N, 4 C) -> (B, C, H, W)."""
+        size = (self.fold * grid.height, self.fold * grid.width)
+        return nn.functional.fold(packed.transpose(1, 2), size, self.fold, stride=self.fold)
+
+    def scale_input(self, transformer: nn.Module, scale: float, batch: int) -> dict[str, Tensor]:
+        """`guidance` (B,) of dev; schnell takes none."""
+        if not _config(transformer).guidance_embeds:
+            return {}
+        return {"guidance": torch.full((batch,), float(scale), device=next(transformer.parameters()).device)}
+
+    def predict(self, transformer: nn.Module, inputs: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> Tensor:
+        """As the base class's, by token inside; where the condition holds no guidance scale dev is told 1.
+
+        That is the scale that fine-tuning on data takes: higher ones stand for guided predictions.
+        """
+        grid, tokens = self.grid(transformer, inputs), condition["encoder_hidden_states"].shape[1]
+        ids = {
+            "img_ids": image_ids(grid).to(inputs.device),
+            "txt_ids": torch.zeros(tokens, 3, device=inputs.device),
+        }
+        guidance = self.scale_input(transformer, _TRAINED, len(inputs))
+        output = super().predict(transformer, self.packed(inputs), timestep, {**guidance, **ids, **condition})
+        return self.unpacked(output, grid)
+
     def scheduler_level(self, timesteps: Tensor) -> Tensor:
         """u = t / 1000: the pipeline divides."""
         return timesteps.float() / TIMESTEPS
@@ -132,8 +203,8 @@ class Flux(FromDiffusers):
         return SamplingRun(levels, grid, "none", self.text_tokens(transformer))
 
     def per_token_output(self, transformer: nn.Module, output: Tensor) -> Tensor:
-        """(B, N, C): it is by token already."""
-        return output
+        """(B, N, C): what the transformer gives is by token already, what `predict` gives is folded again."""
+        return self.packed(output) if output.ndim == 4 else output
 
     def example(
         self, transformer: nn.Module, batch: int, seed: int = 0, run: SamplingRun | None = None

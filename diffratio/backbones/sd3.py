@@ -68,6 +68,18 @@ class SD3(Patched):
         """77 of the CLIP encoders and 256 of T5, as the pipeline pads every prompt."""
         return super().text_tokens(transformer) or _TEXT_TOKENS
 
+    def text_width(self, transformer: nn.Module) -> int:
+        """`joint_attention_dim`: T5's, to which the states of both CLIP encoders side by side are padded."""
+        return int(_config(transformer).joint_attention_dim)
+
+    def pooled_width(self, transformer: nn.Module) -> int:
+        """Of both CLIP encoders' projected states side by side."""
+        return int(_config(transformer).pooled_projection_dim)
+
+    def level_shift(self, transformer: nn.Module) -> float:
+        """3, whatever the size."""
+        return _SHIFT
+
     def longest_prompt(self, transformer: nn.Module) -> int:
         """T5's tokens alone: the pipeline sets those of CLIP before them."""
         return self.text_tokens(transformer) - _CLIP_TOKENS

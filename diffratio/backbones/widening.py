@@ -14,21 +14,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def image_channels(transformer: nn.Module) -> int:
-    """Channels C of the pictures that a transformer makes.
+    """Channels C of the pictures, or latents, that a transformer makes.
 
     An inpainting model sees 2 C + 1 channels (noised picture, masked picture, mask) and predicts C, or 2 C with learned
     variance; others predict what they see.
     """
     config: Any = transformer.config
-    inputs = int(config.in_channels)
-    outputs, half = _outputs(transformer), (inputs - 1) // 2
+    folded = backbone_of(transformer).fold ** 2
+    inputs = int(config.in_channels) // folded
+    outputs, half = _outputs(transformer) // folded, (inputs - 1) // 2
     return half if inputs % 2 and half and outputs in (half, 2 * half) else inputs
 
 
 def inpaints(transformer: nn.Module) -> bool:
     """Whether a transformer sees a masked picture and its mask beside the noised picture."""
     config: Any = transformer.config
-    return image_channels(transformer) != config.in_channels
+    return image_channels(transformer) * backbone_of(transformer).fold ** 2 != config.in_channels
 
 
 def widen_(transformer: M, in_channels: int) -> M:
@@ -46,6 +47,7 @@ def widen_(transformer: M, in_channels: int) -> M:
             patch embedding is no convolution.
     """
     config: Any = transformer.config
+    embedding = backbone_of(transformer).patch_embedding(transformer)
     if inpaints(transformer):
         raise DiffratioError(
             f"the transformer is widened already: it sees {config.in_channels} channels for pictures of "
@@ -53,7 +55,6 @@ def widen_(transformer: M, in_channels: int) -> M:
         )
     if in_channels <= config.in_channels:
         raise DiffratioError(f"in_channels={in_channels} must be more than the {config.in_channels} that there are now")
-    embedding = backbone_of(transformer).patch_embedding(transformer)
     old = embedding.weight
     weight = torch.zeros(old.shape[0], in_channels, *old.shape[2:], device=old.device, dtype=old.dtype)
     with torch.no_grad():

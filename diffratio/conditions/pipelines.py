@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffratio.conditions.encoders import ENCODER, TOKENIZER, weights_revision
-from diffratio.errors import DiffratioError
+from diffratio.conditions.digest import ENCODER, weights_revision
+from diffratio.conditions.several import INDEX, has_several, hub_folder, set_revision, usual_tokens
 from diffratio.files import read_json
-
-_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,8 @@ class PipelineText:
     """How a pipeline prepares prompts.
 
     Args:
-        revision: of its text encoder's weights; None where the folder has no encoder.
-        tokens: that it pads prompts to; None where it does not say.
+        revision: of the weights of its text encoder, or of all of them together; None where the folder has none.
+        tokens: that it pads prompts to, by all its encoders together; None where it does not say.
         lowered: whether it puts them into lower case, without spaces around.
     """
 
@@ -32,9 +30,11 @@ class PipelineText:
 def pipeline_text(folder: str | Path) -> PipelineText | None:
     """Reads a pipeline folder without loading anything; None where it is none of a class of diffusers."""
     path = Path(folder).expanduser()
-    if not (path / _INDEX).is_file():
+    if not (path / INDEX).is_file():
         return None
-    index = read_json(path / _INDEX, "pipeline index")
+    if has_several(path):
+        return PipelineText(set_revision(path), usual_tokens(path), False)
+    index = read_json(path / INDEX, "pipeline index")
     import diffusers
 
     kind: Any = getattr(diffusers, str(index.get("_class_name")), None) if isinstance(index, dict) else None
@@ -47,29 +47,14 @@ def pipeline_text(folder: str | Path) -> PipelineText | None:
 
 
 def local_folder(name: str, download: bool = False) -> Path | None:
-    """The folder of a pipeline's text encoder and tokenizer here.
+    """The folder of a pipeline's text encoders and tokenizers here.
 
     Args:
         name: a folder, or the hub id of a pipeline.
-        download: whether those two may be downloaded; otherwise what lies in the hub's cache is all.
+        download: whether those may be downloaded; otherwise what lies in the hub's cache is all.
 
     Returns:
         The pipeline's folder, or None where there is none.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = [_INDEX, f"{ENCODER}/*", f"{TOKENIZER}/*"]
-    try:
-        found = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not download))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        if download and not isinstance(error, LocalEntryNotFoundError):
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DiffratioError(f"text encoder {name!r} cannot be had from the hub ({first[:200]})") from None
-        return None
-    return found if (found / ENCODER).is_dir() else None
+    return path if path.is_dir() else hub_folder(name, download)

@@ -36,6 +36,11 @@ def open_data(values: Mapping[str, Any], inpaint: InpaintSettings | None = None)
     kind = given.pop("kind", "images")
     if kind not in kinds:
         raise unknown("data.kind", kind, kinds)
+    if kind == KIND and given.pop("buckets", None) is not None:
+        raise DiffratioError(
+            "data.buckets cuts pictures, and data.kind=precomputed holds latents of one size; train buckets on pixels, "
+            "or set data.buckets=null"
+        )
     if inpaint is not None:
         if kind == KIND:
             raise DiffratioError("inpaint masks pictures, and data.kind=precomputed holds latents; train it on pixels")

@@ -12,29 +12,47 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def decode(record: dict[str, Any], *, size: int, channels: int, pad: bool) -> NDArray[np.uint8]:
+Size = int | tuple[int, int]  # side of a square, or height and width
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_ORIENTATION = 0x0112
+
+
+def decode(record: dict[str, Any], *, size: Size, channels: int, pad: bool) -> NDArray[np.uint8]:
     """Decodes one picture of a Hugging Face image column.
 
     Args:
         record: `bytes` of the encoded picture, or the `path` of its file.
-        size: side of the square result, in pixels.
+        size: side of the square result, or its height and width, in pixels.
         channels: 1 (grey) or 3 (RGB); transparent pixels become white.
-        pad: whether a picture that fits into the square is centred on black instead of enlarged.
+        pad: whether a picture that fits in is centred on black instead of enlarged.
 
     Returns:
-        Pixels, (C, size, size) uint8.
+        Pixels, (C, H, W) uint8.
 
     Raises:
         Exception: whatever the decoder raises on a picture that is damaged.
     """
+    with _opened(record) as opened:
+        image = _in_mode(opened, "L" if channels == 1 else "RGB")
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = np.asarray(_to_size(image, (width, height), pad), dtype=np.uint8)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def size_of(record: dict[str, Any]) -> tuple[int, int]:
+    """Height and width that a picture decodes to, from its header alone; raises what `decode` raises."""
+    with _opened(record) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(_ORIENTATION) in _TURNED
+    return (width, height) if turned else (height, width)
+
+
+def _opened(record: dict[str, Any]) -> Image.Image:
     from PIL import Image
 
     if record is None or (record["bytes"] is None and record["path"] is None):
         raise ValueError("the row holds no image")
-    with Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])) as opened:
-        image = _in_mode(opened, "L" if channels == 1 else "RGB")
-    pixels = np.asarray(_to_size(image, size, pad), dtype=np.uint8)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"]))
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -51,13 +69,14 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _to_size(image: Image.Image, size: int, pad: bool) -> Image.Image:
+def _to_size(image: Image.Image, size: tuple[int, int], pad: bool) -> Image.Image:
     from PIL import Image, ImageOps
 
-    if image.size == (size, size):
+    width, height = size
+    if image.size == size:
         return image
-    if pad and max(image.size) <= size:
-        canvas = Image.new(image.mode, (size, size), 0)
-        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    if pad and image.width <= width and image.height <= height:
+        canvas = Image.new(image.mode, size, 0)
+        canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
         return canvas
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)  # scaled and cropped at the centre
+    return ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)  # scaled and cropped at the centre

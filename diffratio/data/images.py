@@ -1,4 +1,4 @@
-"""The data module: labelled or unlabelled images of one size, for training, validation and reference."""
+"""The data module: labelled or unlabelled images, for training, validation and reference."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffratio.conditions import Captions, Classes, Conditions, cached_captions
+from diffratio.data.buckets import BucketOrder, BucketStream, nearest, read_buckets
 from diffratio.data.columns import captions_of, class_indices, class_names, undecoded
 from diffratio.data.registry import embedded_sets
 from diffratio.data.source import open_source
@@ -42,7 +43,11 @@ class ImageData(LightningDataModule):
     Args:
         source: embedded set, folder of images, parquet file or folder, or hub id; see `open_source`.
         name: what reports call the set; the source by default.
-        image_size: side of the square images, in pixels.
+        image_size: side of the square images, in pixels; with buckets of those held out, for reference and in a
+            budget alone.
+        buckets: sizes to train on, [height, width] in pixels, or 256, 512 or 1024 for all of about that square's area.
+            A picture goes to the nearest aspect ratio, is scaled to cover it and cropped at the centre; every batch is
+            of one bucket. None trains on squares.
         channels: 1 (grey) or 3 (RGB).
         num_classes: classes of the model (the set may have fewer); None for a model without classes.
         image_column: column that holds the images.
@@ -97,6 +102,7 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         inpaint: InpaintSettings | None = None,
+        buckets: str | int | Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         _at_least("image_size", image_size, 1)
@@ -125,11 +131,18 @@ class ImageData(LightningDataModule):
         self.image_column, self.label_column = image_column, label_column
         self.train_split, self.validation_split = train_split, validation_split
         self.validation_fraction, self.batch_size, self.num_workers = validation_fraction, batch_size, num_workers
-        self._form = ImageFormat(image_size, channels, pad_to)
+        self._image_size, self._form = image_size, ImageFormat(image_size, channels, pad_to)
         self.caption_column, self.text = caption_column, text
         self._flip, self._label_dropout = flip, label_dropout
         self._cursor = Cursor()
         self.masks = None if inpaint is None else Masks(inpaint, image_size, seed)
+        self.buckets = read_buckets(buckets)
+        if self.buckets is not None and self.masks is not None and not self.masks.drawn:
+            raise DiffratioError(
+                f"inpaint.mask={self.masks.settings.mask!r} is of one size and data.buckets has "
+                f"{len(self.buckets)}; draw masks (inpaint.mask=mixed), or set data.buckets=null"
+            )
+        self._order: BucketOrder | None = None
         self._splits: tuple[ImageSplit, ImageSplit] | None = None
         self._class_names: list[str] = []
         self._captions: Captions | None = None
@@ -202,14 +215,12 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Infinite loader of this process's part of the training stream, from `position` on."""
-        stream = TrainStream(self._held(0), self._shard(), self._cursor, self.seed, self._augmentation(), self.masks)
-        return self._loader(stream)
+        return self._loader(self._stream(self._held(0) if self.buckets is None else self._pair()[0]))
 
     def train_rows(self, positions: Sequence[int]) -> list[int]:
         """Rows of the source's training split that stand at these positions of the training stream."""
         split = self._pair()[0]
-        stream = TrainStream(split, self._shard(), self._cursor, self.seed, self._augmentation())
-        return [int(row) for row in split.rows[stream.rows(np.asarray(positions, dtype=np.int64))]]
+        return [int(row) for row in split.rows[self._stream(split).rows(np.asarray(positions, dtype=np.int64))]]
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Loader of all held-out images, classes taking turns, labels kept; positions are indices into that order."""
@@ -252,9 +263,19 @@ class ImageData(LightningDataModule):
         assert self._splits is not None
         return self._splits
 
+    def _stream(self, split: ImageSplit) -> TrainStream:
+        """This process's part of the training stream of a split."""
+        rest = self._shard(), self._cursor, self.seed, self._augmentation(), self.masks
+        if self.buckets is None:
+            return TrainStream(split, *rest)
+        if self._order is None:
+            which = nearest(split.sizes(), self.buckets)
+            self._order = BucketOrder(which, len(self.buckets), self.batch_size, self.seed)
+        return BucketStream(split, self.buckets, self._order, *rest)
+
     def _held(self, which: int) -> ImageSplit:
         split = self._pair()[which]
-        if len(split) < _HELD_IMAGES and self._form.size <= _HELD_SIZE:
+        if len(split) < _HELD_IMAGES and self._image_size <= _HELD_SIZE:
             split.hold()
         return split
 

@@ -169,7 +169,7 @@ class LatentData(ImageData):
         splits = [self._open(name, parts) for name in names]
         if self.manifest.text is not None:
             assert self.manifest.null is not None
-            null = _captions(self._folder / self.manifest.null.file, 1)
+            null = _captions(self._folder / self.manifest.null.file, 1, bool(self.manifest.text.pooled))
             self._captions = MappedCaptions(parts, null, self.manifest.text)
         self._class_names = list(self.manifest.class_names)
         if len(splits) == 1:
@@ -216,18 +216,29 @@ class LatentData(ImageData):
         if getattr(pipe, "vae", None) is None:
             raise DiffratioError(f"{source!r} samples pictures without a VAE, and {self.source!r} holds latents")
         self.check_vae(pipe.vae, source)
+        backbone = backbone_of(pipe.transformer)
+        side = backbone.sample_side(pipe.transformer)
+        if side != self.manifest.latent_size:
+            raise DiffratioError(
+                f"{self.source!r} holds latents of {self.manifest.latent_size}x{self.manifest.latent_size}, and "
+                f"{source!r} samples {side}x{side}; precompute them with data.image_size="
+                f"{side * self.manifest.vae.factor}"
+            )
         own, encoder = self.manifest.text, getattr(pipe, "text_encoder", None)
         if own is None or encoder is None:
             return
-        config = encoder.config
-        tokens = backbone_of(pipe.transformer).text_tokens(pipe.transformer)
+        config, pooled = encoder.config, backbone.pooled_width(pipe.transformer)
+        tokens = backbone.text_tokens(pipe.transformer)
         width = int(config.hidden_size if hasattr(config, "hidden_size") else config.d_model)
+        if pooled:  # the encoder of that name is one of several, and not the one that gives the width
+            width = backbone.text_width(pipe.transformer)
         made = pipeline_text(source) if Path(source).is_dir() else None
         found = (made.revision if made is not None else None) or own.revision
-        if (found, tokens, width) != (own.revision, own.tokens, own.width):
+        if (found, tokens, width, pooled) != (own.revision, own.tokens, own.width, own.pooled):
             raise DiffratioError(
-                f"captions in {self.source!r} are text of {own}, and {source!r} reads {tokens} tokens of {width} by an "
-                f"encoder of revision {found}; precompute them anew with text={source} tokens={tokens}"
+                f"captions in {self.source!r} are text of {own}, and {source!r} reads {tokens} tokens of {width}, "
+                f"pooled {pooled}, by encoders of revision {found}; precompute them anew with text={source} "
+                f"tokens={tokens}"
             )
 
     def held_out_pictures(self, n: int) -> tuple[Tensor, Tensor]:
@@ -272,7 +283,7 @@ class LatentData(ImageData):
                 )
             own = found["labels"].numpy()
             if self.manifest.text is not None:
-                parts.append(_captions(path, shard.captions))
+                parts.append(_captions(path, shard.captions, bool(self.manifest.text.pooled)))
                 own, first = own + first, first + shard.captions
             labels.append(own)
         paths, counts = [self._folder / shard.file for shard in shards], [shard.samples for shard in shards]
@@ -280,15 +291,15 @@ class LatentData(ImageData):
         return LatentSplit(name, files, np.arange(self.manifest.samples(name)), np.concatenate(labels))
 
 
-def _captions(path: Path, count: int) -> CaptionPart:
-    found = _tensors(path, ("states", "offsets", "captions"))
+def _captions(path: Path, count: int, pooled: bool) -> CaptionPart:
+    found = _tensors(path, ("states", "offsets", "captions", *(("pooled",) if pooled else ())))
     try:
         texts = json.loads(found["captions"].numpy().tobytes())
     except ValueError as error:
         raise DiffratioError(f"captions in {str(path)!r} cannot be read ({error}); precompute them anew") from None
     if not isinstance(texts, list) or len(texts) != count:
         raise DiffratioError(f"{str(path)!r} does not hold the {count} captions of the manifest; precompute them anew")
-    return CaptionPart(tuple(map(str, texts)), found["states"], found["offsets"].clone())
+    return CaptionPart(tuple(map(str, texts)), found["states"], found["offsets"].clone(), found.get("pooled"))
 
 
 def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class Manifest:
         image_size: side of the pictures in pixels.
         dtype: of the stored latents.
         vae: what made them.
-        text: what made the captions' states; None without captions.
+        text: what made the captions' states, an encoder or a set of them; None without captions.
         prepared: what was done to a caption before: `lower` is lower case without spaces around, as PixArt's pipelines
             do it.
         classes: of the model; None without classes.
@@ -94,6 +94,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         values = dataclasses.asdict(self) | {"class_names": list(self.class_names)}
+        if self.text is not None:
+            values["text"] = self.text.to_json()
         return {"format": FORMAT, "version": VERSION, **_FIXED, **values}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffratio.conditions import TextEncoder, encode_captions, text_encoder
+from diffratio.conditions import Captions, EncoderSet, TextEncoder, encode_captions, text_encoder
 from diffratio.conditions.encoders import PACKAGED
 from diffratio.conditions.pipelines import local_folder, pipeline_text
 from diffratio.data.feed import Feed, FeedSettings, Row, open_feeds
@@ -87,6 +87,11 @@ def precompute(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = PrecomputeSettings(**{one.name: cfg[one.name] for one in dataclasses.fields(PrecomputeSettings)})
     data, out, team = dict(cfg["data"]), Path(settings.out), Team()
+    if data.get("buckets") is not None:
+        raise DiffratioError(
+            f"data.buckets={data['buckets']!r}: latents are precomputed in one size; set data.buckets=null, or train "
+            "buckets on pixels"
+        )
     coder = team.together(lambda: load_vae(settings.vae).to(team.device(settings.device)))
     encoder, prepared = team.together(lambda: _encoder(settings, data, team.device(settings.device)))
     reading = _reading(data, encoder is not None)
@@ -127,7 +132,7 @@ class _Share:
         settings: PrecomputeSettings,
         reading: FeedSettings,
         coder: LatentCoder,
-        encoder: TextEncoder | None,
+        encoder: TextEncoder | EncoderSet | None,
         prepared: str,
         team: Team,
     ) -> None:
@@ -165,7 +170,8 @@ class _Share:
         """Writes the empty caption."""
         assert self.encoder is not None
         captions = encode_captions([], self.encoder)
-        _save(self.out / NULL, {"states": captions.states, "offsets": captions.offsets, **_texts([""])}, self.job)
+        tensors = {"states": captions.states, "offsets": captions.offsets, **_pooled(captions, 1), **_texts([""])}
+        _save(self.out / NULL, tensors, self.job)
 
     def _latents(self, split: str, rows: Sequence[Row], threads: ThreadPoolExecutor, bar: Any) -> Tensor:
         size, pad, batch = self.reading.image_size, self.reading.pad_to, self.settings.batch_size
@@ -198,7 +204,13 @@ class _Share:
         self.cut += sum("is cut to" in str(one.message) for one in caught)
         end = int(captions.offsets[-2])  # the empty caption is kept once, in a file of its own
         labels = torch.tensor([index[row.caption] for row in rows])
-        return {"labels": labels, "states": captions.states[:end], "offsets": captions.offsets[:-1], **_texts(texts)}
+        tensors = {"labels": labels, "states": captions.states[:end], "offsets": captions.offsets[:-1]}
+        return {**tensors, **_pooled(captions, len(texts)), **_texts(texts)}
+
+
+def _pooled(captions: Captions, count: int) -> dict[str, Tensor]:
+    """States of the first captions as a whole, where the encoder gives any."""
+    return {} if captions.pooled is None else {"pooled": captions.pooled[:count]}
 
 
 def prepare(text: str, how: str) -> str:
@@ -206,7 +218,9 @@ def prepare(text: str, how: str) -> str:
     return text.lower().strip() if how == "lower" else text
 
 
-def _encoder(settings: PrecomputeSettings, data: Mapping[str, Any], device: str) -> tuple[TextEncoder | None, str]:
+def _encoder(
+    settings: PrecomputeSettings, data: Mapping[str, Any], device: str
+) -> tuple[TextEncoder | EncoderSet | None, str]:
     given = data.get("text") or {}
     if not isinstance(given, Mapping):
         raise DiffratioError(f"data.text is {given!r}; it takes {{encoder: minilm, tokens: 24}}, or null")
@@ -225,7 +239,7 @@ def _encoder(settings: PrecomputeSettings, data: Mapping[str, Any], device: str)
     if str(folder or name) != name:
         loaded.identity = dataclasses.replace(loaded.identity, name=name)
     if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
-        loaded.model.to(torch.bfloat16)
+        loaded.computing(torch.bfloat16)
     return loaded, "lower" if made is not None and made.lowered else "none"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffratio.data.decode import decode
+from diffratio.data.decode import Size, decode, size_of
 from diffratio.errors import DiffratioError
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every picture is brought to."""
+    """What every picture is brought to: the side of a square, or height and width."""
 
-    size: int
+    size: Size
     channels: int
     pad: bool
 
@@ -66,30 +67,55 @@ class ImageSplit:
         """The samples at these indices as a model is trained on them, (B, C, H, W) float32."""
         return to_unit_range(torch.from_numpy(self.pixels(indices)))
 
+    def covering(self, indices: NDArray[np.int64], size: tuple[int, int]) -> Tensor:
+        """The samples at these indices, scaled to cover a height and width and cropped at the centre.
+
+        Returns:
+            (B, C, H, W) float32 in [-1, 1].
+        """
+        pixels = self._decoded(indices, replace(self.form, size=size, pad=False))
+        return to_unit_range(torch.from_numpy(pixels))
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Height and width of every sample as it lies in the source, (n, 2), from the files' headers."""
+        found = np.empty((len(self), 2), dtype=np.int64)
+        for place, row, record in self._records(np.arange(len(self))):
+            try:
+                found[place] = size_of(record)
+            except Exception as error:  # as in decoding
+                raise self._damaged(row, record, error) from error
+        return found
+
     def hold(self) -> None:
         """Decodes all samples once and keeps their pixels in memory."""
         if self._held is None:
             self._held = self._decoded(np.arange(len(self)))
 
-    def _decoded(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        size, channels = self.form.size, self.form.channels
-        out = np.empty((len(indices), channels, size, size), dtype=np.uint8)
+    def _decoded(self, indices: NDArray[np.int64], form: ImageFormat | None = None) -> NDArray[np.uint8]:
+        form = form or self.form
+        height, width = (form.size, form.size) if isinstance(form.size, int) else form.size
+        out = np.empty((len(indices), form.channels, height, width), dtype=np.uint8)
+        for place, row, record in self._records(indices):
+            try:
+                out[place] = decode(record, size=form.size, channels=form.channels, pad=form.pad)
+            except Exception as error:  # damaged files raise anything from OSError to SyntaxError
+                raise self._damaged(row, record, error) from error
+        return out
+
+    def _records(self, indices: NDArray[np.int64]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Place among the indices, row of the source and encoded picture."""
         for first in range(0, len(indices), 1000):  # bounds the encoded bytes held at once
             rows = self.rows[indices[first : first + 1000]]
             for place, (row, record) in enumerate(zip(rows, self._table[rows][self._column], strict=True), start=first):
-                out[place] = self._decode_row(int(row), record)
-        return out
+                yield place, int(row), record
 
-    def _decode_row(self, row: int, record: dict[str, Any]) -> NDArray[np.uint8]:
-        try:
-            return decode(record, size=self.form.size, channels=self.form.channels, pad=self.form.pad)
-        except Exception as error:  # damaged files raise anything from OSError to SyntaxError
-            path = record.get("path") if record else None
-            where = f" ({path})" if path else ""
-            raise DiffratioError(
-                f"image in row {row} of split {self.name!r}{where} cannot be decoded "
-                f"({type(error).__name__}: {error}); replace or remove that row or file"
-            ) from error
+    def _damaged(self, row: int, record: dict[str, Any], error: Exception) -> DiffratioError:
+        path = record.get("path") if record else None
+        where = f" ({path})" if path else ""
+        return DiffratioError(
+            f"image in row {row} of split {self.name!r}{where} cannot be decoded "
+            f"({type(error).__name__}: {error}); replace or remove that row or file"
+        )
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

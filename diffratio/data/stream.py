@@ -86,7 +86,7 @@ class TrainStream(IterableDataset[Batch]):
         """The samples at positions start, ..., start + count - 1."""
         positions = np.arange(start, start + count)
         rows = self.rows(positions)
-        images = self.split.samples(rows)  # (B, C, H, W)
+        images = self.images(start, rows)  # (B, C, H, W)
         labels = torch.from_numpy(self.split.labels[rows])  # (B,)
         mirrored, dropped = uniforms(self.seed, start, count)[:, :2].T
         if self.augmentation.flip:
@@ -94,8 +94,12 @@ class TrainStream(IterableDataset[Batch]):
             images[which] = images[which].flip(-1)
         if self.augmentation.null_label is not None:
             labels[torch.from_numpy(dropped < self.augmentation.label_dropout)] = self.augmentation.null_label
-        holes = {} if self.masks is None else {"masks": self.masks.training(positions)}
+        holes = {} if self.masks is None else {"masks": self.masks.training(positions, images.shape[-2:])}
         return {"images": images, "labels": labels, "positions": torch.from_numpy(positions), **holes}
+
+    def images(self, start: int, rows: NDArray[np.int64]) -> Tensor:
+        """Pictures of a batch that begins at this position, (B, C, H, W) float32 in [-1, 1], not mirrored yet."""
+        return self.split.samples(rows)
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Indices into the split of the samples at these positions, (B,) -> (B,)."""

@@ -104,8 +104,8 @@ def trace_tokens(
     Returns:
         The trace of the run.
     """
-    transformer = pipe.transformer
-    grid = backbone_of(transformer).grid(transformer)
+    transformer, backbone = pipe.transformer, backbone_of(pipe.transformer)
+    grid = backbone.grid(transformer)
     record = _Recorder(len(labels), grid.tokens)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_shadowed(pipe.scheduler, "step", record.wrap_step(pipe.scheduler)))
@@ -121,7 +121,8 @@ def trace_tokens(
             pipe, len(labels), seed=seed, labels=list(labels), batch_size=len(labels), steps=steps,
             guidance_scale=guidance_scale, quiet=True, distributed=False,
         )  # fmt: skip
-    return TokenTrace(record.computed(layers), torch.stack(record.predictions), grid)
+    predictions = [one if one.ndim == 4 else backbone.unpacked(one, grid) for one in record.predictions]
+    return TokenTrace(record.computed(layers), torch.stack(predictions), grid)
 
 
 @contextlib.contextmanager

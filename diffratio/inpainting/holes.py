@@ -18,23 +18,27 @@ _MOST = 4  # boxes or strokes in one mask
 _TURN = 1.2  # largest turn between two segments of a stroke, in radians
 
 
-def hole(shape: str, size: int, share: tuple[float, float], generator: np.random.Generator) -> NDArray[np.bool_]:
+Size = int | tuple[int, int]  # side of a square, or height and width
+
+
+def hole(shape: str, size: Size, share: tuple[float, float], generator: np.random.Generator) -> NDArray[np.bool_]:
     """Draws one mask.
 
     Args:
         shape: one of `SHAPES`; `mixed` is either of the others at even odds.
-        size: side of the square picture in pixels.
+        size: side of the square picture, or its height and width, in pixels.
         share: lowest and highest share that is hole; the share is uniform between.
         generator: of the draws.
 
     Returns:
-        (size, size), True in the hole. Its pixels are within `share`, rounded inwards where a whole pixel fits in.
+        (H, W), True in the hole. Its pixels are within `share`, rounded inwards where a whole pixel fits in.
     """
     wanted = generator.uniform(*share)
     if shape == "mixed":
         shape = SHAPES[int(generator.integers(2))]
-    field = _boxes(size, generator) if shape == "boxes" else _strokes(size, generator)
-    pixels = size * size
+    height, width = (size, size) if isinstance(size, int) else size
+    field = (_boxes if shape == "boxes" else _strokes)(height, width, generator)
+    pixels = height * width
     least = min(max(1, math.ceil(share[0] * pixels - 1e-9)), pixels)
     most = max(least, math.floor(share[1] * pixels + 1e-9))
     return _nearest(field, min(max(round(wanted * pixels), least), most), least, most)
@@ -51,12 +55,12 @@ def _nearest(field: Field, wanted: int, least: int, most: int) -> NDArray[np.boo
     return chosen.reshape(field.shape)
 
 
-def _boxes(size: int, generator: np.random.Generator) -> Field:
+def _boxes(height: int, width: int, generator: np.random.Generator) -> Field:
     """Distance to up to four rectangles that grow from their centres."""
-    row, column = _middles(size)
-    field = np.full((size, size), np.inf, dtype=np.float32)
+    row, column = _middles(height, width)
+    field = np.full((height, width), np.inf, dtype=np.float32)
     for _ in range(int(generator.integers(1, _MOST + 1))):
-        top, left = generator.uniform(0, size, 2)
+        top, left = generator.uniform(0, (height, width))
         stretch = 2 ** generator.uniform(-1, 1)
         scale = generator.uniform(0.5, 1.0)
         box = np.maximum(np.abs(row - top) * (stretch / scale), np.abs(column - left) / (stretch * scale))
@@ -64,15 +68,16 @@ def _boxes(size: int, generator: np.random.Generator) -> Field:
     return field
 
 
-def _strokes(size: int, generator: np.random.Generator) -> Field:
+def _strokes(height: int, width: int, generator: np.random.Generator) -> Field:
     """Squared distance to up to four winding lines."""
-    row, column = _middles(size)
-    field = np.full((size, size), np.inf, dtype=np.float32)
+    row, column = _middles(height, width)
+    side = math.sqrt(height * width)
+    field = np.full((height, width), np.inf, dtype=np.float32)
     for _ in range(int(generator.integers(1, _MOST + 1))):
-        y, x = generator.uniform(0, size, 2)
+        y, x = generator.uniform(0, (height, width))
         angle = generator.uniform(0, 2 * math.pi)
         for _ in range(int(generator.integers(2, 6))):
-            length = generator.uniform(0.1, 0.4) * size
+            length = generator.uniform(0.1, 0.4) * side
             angle += generator.uniform(-_TURN, _TURN)
             along_y, along_x = math.sin(angle), math.cos(angle)
             down, right = row - np.float32(y), column - np.float32(x)  # (size, 1) and (1, size)
@@ -80,12 +85,12 @@ def _strokes(size: int, generator: np.random.Generator) -> Field:
             past = along - np.minimum(np.maximum(along, 0), np.float32(length))  # 0 beside the segment
             across = down * np.float32(along_x) - right * np.float32(along_y)
             field = np.minimum(field, past * past + across * across)
-            y = min(max(y + length * along_y, 0.0), float(size))
-            x = min(max(x + length * along_x, 0.0), float(size))
+            y = min(max(y + length * along_y, 0.0), float(height))
+            x = min(max(x + length * along_x, 0.0), float(width))
     return field
 
 
-def _middles(size: int) -> tuple[Field, Field]:
-    """Coordinates of the pixels' middles, (size, 1) and (1, size)."""
-    middles = np.arange(size, dtype=np.float32) + np.float32(0.5)
-    return middles[:, None], middles[None]
+def _middles(height: int, width: int) -> tuple[Field, Field]:
+    """Coordinates of the pixels' middles, (height, 1) and (1, width)."""
+    rows, columns = (np.arange(side, dtype=np.float32) + np.float32(0.5) for side in (height, width))
+    return rows[:, None], columns[None]

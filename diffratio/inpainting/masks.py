@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ _TRAINING, _FIXED = 1, 2  # streams of draws; the data's own is 0
 
 
 class Masks:
-    """Masks of square pictures.
+    """Masks of square pictures, or where they are drawn of any.
 
     Args:
         settings: how they are made.
@@ -39,21 +39,35 @@ class Masks:
         drawn = settings.mask in SHAPES
         self._files = None if drawn else [read_mask(path, size) for path in mask_files(settings.mask)]
 
-    def training(self, positions: Iterable[int]) -> Tensor:
-        """Masks of these positions of the training stream, some of them all hole; (B, 1, H, W) float32, 1 = hole."""
-        return self._stack([self._training(int(position)) for position in positions])
+    @property
+    def drawn(self) -> bool:
+        """Whether masks are drawn, in any size, and not read from files."""
+        return self._files is None
+
+    def training(self, positions: Iterable[int], size: Sequence[int] | None = None) -> Tensor:
+        """Masks of these positions of the training stream, some of them all hole.
+
+        Args:
+            positions: of the samples.
+            size: height and width, where masks are drawn; None takes the square's.
+
+        Returns:
+            (B, 1, H, W) float32, 1 = hole.
+        """
+        height, width = (self.size, self.size) if size is None else size
+        return self._stack([self._training(int(position), (height, width)) for position in positions])
 
     def fixed(self, indices: Iterable[int]) -> Tensor:
         """Masks of these held-out pictures; files in turn; (B, 1, H, W) float32, 1 = hole."""
         return self._stack([self._fixed(int(index)) for index in indices])
 
-    def _training(self, position: int) -> NDArray[np.bool_]:
+    def _training(self, position: int, size: tuple[int, int]) -> NDArray[np.bool_]:
         generator = self._generator(_TRAINING, position)
         if generator.uniform() < self.settings.image_dropout:
-            return np.ones((self.size, self.size), dtype=bool)
+            return np.ones(size, dtype=bool)
         if self._files is not None:
             return self._files[int(generator.integers(len(self._files)))]
-        return hole(self.settings.mask, self.size, self.settings.share, generator)
+        return hole(self.settings.mask, size, self.settings.share, generator)
 
     def _fixed(self, index: int) -> NDArray[np.bool_]:
         if self._files is not None:

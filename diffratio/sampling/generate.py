@@ -230,19 +230,13 @@ def _batch(
 ) -> Tensor:
     """Pictures (B, C, H, W) in [0, 1]."""
     common = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "output_type": "pt"}
-    config = pipe.transformer.config
-    if not hasattr(config, "sample_size"):
-        raise DiffratioError(
-            f"generate does not know the samples of a {type(pipe.transformer).__name__}: call its own pipeline, "
-            "diffratio.load_pipeline(folder)(prompts)"
-        )
+    side, channels = backbone_of(pipe.transformer).sample_side(pipe.transformer), image_channels(pipe.transformer)
     if hasattr(pipe, "vae") and hasattr(pipe, "text_encoder"):
-        noise = initial_noise(seed, indices, (config.in_channels, config.sample_size, config.sample_size))
+        noise = initial_noise(seed, indices, (channels, side, side))
         generators = [sample_generator(seed, index, _STEPS) for index in indices]
         return prompted(pipe, labels, noise, generators, steps, guidance_scale)
     if not hasattr(pipe, "vae"):
-        channels = image_channels(pipe.transformer)
-        noise = initial_noise(seed, indices, (channels, config.sample_size, config.sample_size))
+        noise = initial_noise(seed, indices, (channels, side, side))
         generators = [sample_generator(seed, index, _STEPS) for index in indices]
         return pipe(list(labels), latents=noise, generator=generators, **shown, **common).images
     if _draws_noise(pipe.scheduler):

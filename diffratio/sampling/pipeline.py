@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -70,8 +69,11 @@ class PixelPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch:
             raise DiffratioError(f"{len(generator)} generators for {batch} {self._asked}: give one for each")
         device = self._execution_device
+        scale_input = self._scale_input(guidance_scale, batch)
+        if self.guidance_order == "one":  # the scale is an input, if anything
+            guidance_scale = 1.0
         guided = guidance_scale > 1
-        arguments = self._placed(condition(device), device)
+        arguments = self._placed(condition(device), device) | scale_input
         if guided:
             other = self._placed(no_condition(device), device)
             first, second = (arguments, other) if self.guidance_order == "cond_first" else (other, arguments)
@@ -85,7 +87,7 @@ class PixelPipeline(DiffusionPipeline):
         if known is not None:
             known = known.to(device)
             shown = known.channels.to(self.transformer.dtype)  # (B, C + 1, H, W), the same at every step
-        times = model_timesteps(self.scheduler).to(device)
+        times = self._model_time(model_timesteps(self.scheduler)).to(device)
         extra = {"generator": generator} if self._step_takes("generator") else {}
         for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
@@ -109,6 +111,14 @@ class PixelPipeline(DiffusionPipeline):
         """Arguments where the transformer is, floating ones in its computing type."""
         dtype = self.transformer.dtype
         return {key: one.to(device, dtype if one.is_floating_point() else None) for key, one in arguments.items()}
+
+    def _scale_input(self, guidance_scale: float, batch: int) -> dict[str, Tensor]:
+        """The argument that tells the transformer the guidance scale, where it has one."""
+        return {}
+
+    def _model_time(self, timesteps: Tensor) -> Tensor:
+        """A scheduler's timesteps as the transformer takes them."""
+        return timesteps
 
     def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The transformer's output, (B or 2B, C or 2C, H, W)."""
@@ -139,9 +149,9 @@ class PixelPipeline(DiffusionPipeline):
         device: torch.device,
         known: Known | None,
     ) -> Tensor:
-        config = self.transformer.config
-        channels = image_channels(self.transformer)
-        size = (config.sample_size,) * 2 if latents is None else tuple(latents.shape[-2:])
+        backbone, config = backbone_of(self.transformer), self.transformer.config
+        channels, multiple = image_channels(self.transformer), backbone.fold * config.patch_size
+        size = (backbone.sample_side(self.transformer),) * 2 if latents is None else tuple(latents.shape[-2:])
         if known is not None and tuple(known.images.shape[2:]) != size:
             height, width = known.images.shape[2:]
             raise DiffratioError(
@@ -155,11 +165,11 @@ class PixelPipeline(DiffusionPipeline):
             latents.ndim != 4
             or latents.shape[:2] != (batch, channels)
             or latents.shape[2] != latents.shape[3]
-            or latents.shape[3] % config.patch_size
+            or latents.shape[3] % multiple
         ):
             raise DiffratioError(
                 f"latents of shape {tuple(latents.shape)} do not fit: give ({batch}, {channels}, H, H) "
-                f"with H a multiple of {config.patch_size}"
+                f"with H a multiple of {multiple}"
             )
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
@@ -198,6 +208,14 @@ class FamilyPipeline(PixelPipeline):
     def guidance_order(self) -> Halves:  # type: ignore[override]
         """As the family's own pipelines have it."""
         return backbone_of(self.transformer).guidance_order
+
+    def _scale_input(self, guidance_scale: float, batch: int) -> dict[str, Tensor]:
+        """Of families whose guidance is no second half."""
+        return backbone_of(self.transformer).scale_input(self.transformer, guidance_scale, batch)
+
+    def _model_time(self, timesteps: Tensor) -> Tensor:
+        """As the family's own pipelines do it."""
+        return backbone_of(self.transformer).model_time(timesteps)
 
     def _predict(self, inputs: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """As in training, where some families are told the size of the sample, too."""
@@ -340,7 +358,7 @@ def build_pipeline(
     if text is not None:
         from diffratio.sampling.text import PixelTextPipeline
 
-        return PixelTextPipeline(transformer, scheduler, dataclasses.asdict(text))
+        return PixelTextPipeline(transformer, scheduler, text.to_json())
     if vae is None:
         return PixelDiTPipeline(transformer, scheduler, id2label)
     from diffusers.pipelines.dit.pipeline_dit import DiTPipeline

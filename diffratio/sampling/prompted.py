@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from diffratio.backbones import backbone_of
+from diffratio.backbones.base import Backbone
 from diffratio.errors import DiffratioError
+from diffratio.sampling.schedulers import is_flow, noise_levels, set_steps
 
 # switched off where a pipeline has them: prompts stay as they are, and the size is the model's own
 _PLAIN = {"clean_caption": False, "use_resolution_binning": False}
@@ -49,14 +51,15 @@ def prompted(
         if not isinstance(prompt, str):
             raise DiffratioError(f"a text-conditional model is sampled by prompts, got {prompt!r}")
     options: dict[str, Any] = {key: value for key, value in _PLAIN.items() if key in takes}
+    backbone = backbone_of(pipe.transformer)
     if "max_sequence_length" in takes:
-        options["max_sequence_length"] = backbone_of(pipe.transformer).longest_prompt(pipe.transformer)
+        options["max_sequence_length"] = backbone.longest_prompt(pipe.transformer)
     height, width = (side * pipe.vae_scale_factor for side in noise.shape[-2:])
     images: Tensor = pipe(
         prompt=list(prompts),
         height=height,
         width=width,
-        latents=noise.to(pipe.transformer.dtype),
+        latents=backbone.packed(noise).to(pipe.transformer.dtype),
         generator=list(generators),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
@@ -64,6 +67,45 @@ def prompted(
         **options,
     ).images
     return images
+
+
+def prompted_levels(pipe: Any, steps: int) -> tuple[float, ...]:
+    """Noise levels that a diffusers pipeline's own call evaluates, in its order.
+
+    Its scheduler is set to them. FLUX's pipeline gives its own levels and a shift that follows the number of tokens,
+    SD3's leaves both to the scheduler.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        steps: evaluated steps.
+
+    Raises:
+        DiffratioError: a scheduler whose shift follows the size of the picture in a pipeline that gives it none here.
+    """
+    from diffusers import FluxPipeline, StableDiffusion3Pipeline
+
+    scheduler, backbone, kind = pipe.scheduler, backbone_of(pipe.transformer), type(pipe)
+    if issubclass(kind, FluxPipeline) and is_flow(scheduler):
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        sigmas = [(steps - step) / steps for step in range(steps)]
+        config, tokens = scheduler.config, backbone.grid(pipe.transformer).tokens
+        between = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096))
+        shifts = (config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+        scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(tokens, *between, *shifts))
+    elif issubclass(kind, StableDiffusion3Pipeline) and not scheduler.config.get("use_dynamic_shifting"):
+        scheduler.set_timesteps(steps)
+    else:
+        set_steps(scheduler, steps)
+    return noise_levels(scheduler)
+
+
+def pipeline_guidance(backbone: Backbone) -> float:
+    """The guidance scale that the family's usual pipeline takes where it is told none."""
+    import diffusers
+
+    call = getattr(diffusers, backbone.pipeline).__call__
+    return float(inspect.signature(call).parameters["guidance_scale"].default)
 
 
 def _names_arguments(kind: type) -> bool:

@@ -9,22 +9,23 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from diffratio.conditions import EncoderId, TextEncoder, encode_captions, text_encoder
+from diffratio.conditions import EncoderId, EncoderSet, TextEncoder, encode_captions, text_encoder
 from diffratio.errors import DiffratioError
 from diffratio.sampling.pipeline import FamilyPipeline
 
 _KEPT = 4096  # prompts whose states are kept
+_KEPT_TOKENS = 1 << 20  # of them together
 
 
 class PixelTextPipeline(FamilyPipeline):
     """Samples a text-conditional transformer that works on pixels; saves and loads as any diffusers pipeline.
 
-    The text encoder is not stored along: it is named, and loaded when the first prompt comes.
+    The text encoder, or the set of them, is not stored along: it is named, and loaded when the first prompt comes.
 
     Args:
-        transformer: a `PixArtTransformer2DModel`, routed or not, in evaluation mode.
+        transformer: of a text-conditional family, routed or not, in evaluation mode.
         scheduler: what `make_scheduler` returns, or any diffusers scheduler of the model's objective.
-        text: name, revision, tokens and width of the text encoder.
+        text: name, revision, tokens and width of the text encoder, and channels of the pooled state of a set.
 
     Attributes:
         prompts: what `generate` asks for in turn where it is given none.
@@ -38,7 +39,7 @@ class PixelTextPipeline(FamilyPipeline):
         self.register_to_config(text=dict(text))
         self.text = EncoderId(**text)
         self.prompts: tuple[str, ...] = ()
-        self._encoder: TextEncoder | None = None
+        self._encoder: TextEncoder | EncoderSet | None = None
         self._known: dict[str, dict[str, Tensor]] = {}
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ class PixelTextPipeline(FamilyPipeline):
                     raise DiffratioError(
                         f"this model reads text of {self.text}, and what is here is {found}; install that revision"
                     )
-            if len(self._known) + len(new) > _KEPT:
+            if len(self._known) + len(new) > min(_KEPT, _KEPT_TOKENS // self.text.tokens):
                 self._known = {prompt: one for prompt, one in self._known.items() if prompt in prompts}
             # as in training, where states are kept in half precision
             together = encode_captions(new, self._encoder).arguments(torch.arange(len(new)))

@@ -108,20 +108,22 @@ class _Sampler:
         self.scheduler = make_scheduler(default_sampler(objective.name), objective.name)
         self.steps = steps
         set_steps(self.scheduler, steps)
-        config = transformer.config
-        reference = next(transformer.parameters())
-        shape = (image_channels(transformer), config.sample_size, config.sample_size)
+        reference, side = next(transformer.parameters()), self.backbone.sample_side(transformer)
+        shape = (image_channels(transformer), side, side)
         self.noise = initial_noise(seed, range(samples), shape, device=reference.device)
         labels = torch.tensor(conditions.in_turn(samples), device=reference.device)
-        if guidance_scale > 1:
+        if self.backbone.guidance_order == "one":  # the scale is an input, if anything
+            self.scale = 1.0
+        if self.scale > 1:
             assert conditions.null is not None
             labels = torch.cat([labels, torch.full_like(labels, conditions.null)])
-        self.condition = conditions.arguments(labels)
+        scale = self.backbone.scale_input(transformer, guidance_scale, samples)
+        self.condition = {**conditions.arguments(labels), **scale}
         self.dtype = reference.dtype
 
     def region_counts(self, regions: int) -> tuple[int, ...]:
         """Steps in each region."""
-        levels = self.backbone.noise_level(model_timesteps(self.scheduler)).clamp(0, 1)
+        levels = self.backbone.scheduler_level(model_timesteps(self.scheduler)).clamp(0, 1)
         grid = self.backbone.grid(self.transformer)
         return SamplingRun(tuple(levels.tolist()), grid).region_counts(regions)
 
@@ -134,7 +136,7 @@ class _Sampler:
         x, times = self.noise, model_timesteps(self.scheduler).to(self.noise.device)
         for step, t in enumerate(self.scheduler.timesteps):
             inputs = torch.cat([x, x]) if self.scale > 1 else x
-            timestep = times[step].expand(len(inputs))
+            timestep = self.backbone.model_time(times[step]).expand(len(inputs))
             output = self.backbone.predict(self.transformer, inputs.to(self.dtype), timestep, self.condition)
             output = output[:, : x.shape[1]].float()
             if self.scale > 1:

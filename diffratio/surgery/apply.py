@@ -11,6 +11,7 @@ from diffratio.backbones import Backbone, backbone_of
 from diffratio.backbones.widening import inpaints
 from diffratio.errors import DiffratioError
 from diffratio.methods.base import Method, MethodConfig
+from diffratio.surgery.hooks import check_hooks
 from diffratio.surgery.modules import BlockMixin, SiteMixin, TransformerMixin
 from diffratio.surgery.pipelines import detach_
 from diffratio.surgery.state import ATTENTION, Attachment, attachment, is_applied
@@ -76,10 +77,17 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
                 f"{state.token_method.name}: backbone {backbone.name} has no site {site!r}; "
                 f"it has {', '.join(backbone.sites)}"
             )
+    blocks = backbone.blocks(transformer)
+    swapped = [module for block in blocks for site in sites for module in backbone.site_modules(block, site)]
+    check_hooks(
+        transformer,
+        [transformer, *blocks, *swapped],
+        any(method.block_modules() is not None or method.root_modules() for method in methods),
+    )
     attention = _own_attention_(backbone, transformer, state.token_method)
     state.prepared = backbone.prepare_(transformer) | {ATTENTION: attention}
     reference = next(transformer.parameters())
-    for layer, block in enumerate(backbone.blocks(transformer)):
+    for layer, block in enumerate(blocks):
         for site in sites:
             for module in backbone.site_modules(block, site):
                 swap(module, SiteMixin, state, layer=layer, site=site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any, get_args
 
 from torch import Tensor
@@ -16,10 +17,11 @@ _SCALE, _TRUE_SCALE = "guidance_scale", "true_cfg_scale"
 
 
 class SchedulerMixin(Converted):
-    """A scheduler that opens a run at set_timesteps and advances it at step."""
+    """A scheduler that opens a run at set_timesteps, of the steps from set_begin_index on, and advances it at step."""
 
     signed = ("set_timesteps", "step")  # pipelines read there whether they take sigmas, eta, a generator
     _diffratio_transformer: Any
+    _diffratio_whole: SamplingRun  # as set_timesteps opened it
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class's."""
@@ -36,8 +38,21 @@ class SchedulerMixin(Converted):
         levels = tuple(state.backbone.scheduler_level(timesteps.detach().cpu()).clamp(0, 1).tolist())
         guidance: Guidance = "none" if state.halves == "one" else "cfg"
         grid, text = state.backbone.grid(transformer), state.backbone.text_tokens(transformer)
-        state.open_run(SamplingRun(levels, grid, guidance, text), provisional=True)
+        self._diffratio_whole = SamplingRun(levels, grid, guidance, text)
+        state.open_run(self._diffratio_whole, provisional=True)
         return result
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """As the base class's, where it has one: image-to-image pipelines begin inside the schedule."""
+        base: Any = super()
+        if hasattr(base, "set_begin_index"):
+            base.set_begin_index(begin_index)
+        whole, state = self.__dict__.get(f"{STATE}_whole"), self.__dict__.get(STATE)
+        if whole is None or state is None or not (state.provisional and state.run is not None):
+            return
+        left = whole.noise_levels[begin_index:]
+        if left:
+            state.open_run(replace(whole, noise_levels=left), provisional=True)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class's."""

@@ -8,6 +8,8 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from diffratio.surgery.hooks import carry_forward_
+
 STATE = "_diffratio"
 
 
@@ -63,13 +65,16 @@ def swap(thing: Any, kind: type, state: Any, **extra: Any) -> None:
     """Puts a mixin in front of an object's class; `extra` becomes its attributes `_diffratio_...`."""
     own: Any = type(thing)
     thing.__class__ = _subclass(kind, own)
+    carry_forward_(thing, own)
     thing.__dict__.update({STATE: state, **{f"{STATE}_{key}": value for key, value in extra.items()}})
 
 
 def unswap(thing: Any) -> None:
     """Undoes `swap`; an object that is not converted stays as it is."""
     if isinstance(thing, Converted):
-        thing.__class__ = base_of(type(thing))
+        own = type(thing)
+        thing.__class__ = base_of(own)
+        carry_forward_(thing, own)
         for key in [key for key in thing.__dict__ if key.startswith(STATE)]:
             del thing.__dict__[key]
 

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
-from diffratio.backbones.base import NOTES, TEXT_TOKENS
+from diffratio.backbones.base import NOTES
 from diffratio.backbones.widening import image_channels
 from diffratio.checkpoint import load_skeleton, load_transformer, read_card, resolve, text_of
 from diffratio.conditions import Captions
@@ -37,9 +38,11 @@ from diffratio.training.latents import base_scheduler, check_latents
 from diffratio.training.logs import RunCSVLogger
 from diffratio.training.lora import base_weights
 from diffratio.training.module import Training, dense_copy
+from diffratio.training.processes import check_processes, check_started, cluster_plugins, strategy_of
 from diffratio.training.saving import SafeCheckpointIO
 from diffratio.training.schedules import read_schedule
 from diffratio.training.settings import BudgetSettings, GuardSettings, LossSettings, OptimizerSettings
+from diffratio.training.sharding import ShardedStrategy
 from diffratio.training.termination import Termination
 
 T = TypeVar("T")
@@ -81,21 +84,22 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     """The dense transformer, fp32, checked against the data; without weights on the meta device."""
     settings = cfg["backbone"]
     backbone = get_backbone(settings["name"])
-    if settings["source"] and (weights or not settings["config"]):
+    given = {key: value for key, value in (settings["config"] or {}).items() if key not in NOTES}
+    if settings["source"] and (weights or not given):
         transformer = load_transformer(settings["source"]) if weights else load_skeleton(settings["source"])
         if surgery.is_applied(transformer):
             raise DiffratioError(
                 f"backbone.source={settings['source']!r} is a routed checkpoint; training starts from a dense one"
             )
         _check_config(settings, transformer)
-    elif settings["config"]:
-        transformer = backbone.from_config({k: v for k, v in settings["config"].items() if k not in NOTES})
+    elif given:
+        transformer = backbone.from_config(given)
     else:
         raise DiffratioError("backbone needs a source (a checkpoint) or a config (random weights); both are null")
     if not backbone.matches(transformer):
         raise DiffratioError(f"backbone.source={settings['source']!r} is no {backbone.name} transformer")
-    if settings["config"] and settings["config"].get(TEXT_TOKENS):
-        backbone.set_text_tokens_(transformer, settings["config"][TEXT_TOKENS])
+    if noted := {key: value for key, value in (settings["config"] or {}).items() if key in NOTES and value}:
+        transformer.register_to_config(**noted)  # type: ignore[operator]
     _check_objective(cfg, weights)
     sees_holes_(transformer, cfg, inpaint_settings(cfg))
     if isinstance(data, LatentData):
@@ -103,10 +107,12 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     elif data is not None:
         size, channels = cfg["data"]["image_size"], cfg["data"]["channels"]
         backbone.grid(transformer, torch.empty(1, channels, size, size, device="meta"))
-        config: Any = transformer.config
-        if size != config.sample_size:
+        _check_buckets(transformer, data, channels)
+        side = backbone.sample_side(transformer)
+        if size != side:
+            free = f", or backbone.config={{_token_side:{size // backbone.fold}}}" if backbone.fold > 1 else ""
             raise DiffratioError(
-                f"data.image_size={size} does not fit a model of sample_size {config.sample_size}; set data.image_size"
+                f"data.image_size={size} does not fit a model of sample_size {side}; set data.image_size{free}"
             )
         if channels != image_channels(transformer):
             raise DiffratioError(
@@ -125,8 +131,23 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     return transformer
 
 
+def _check_buckets(transformer: nn.Module, data: ImageData, channels: int) -> None:
+    """Raises DiffratioError where a bucket is no token grid of the model."""
+    for height, width in data.buckets or ():
+        try:
+            backbone_of(transformer).grid(transformer, torch.empty(1, channels, height, width, device="meta"))
+        except DiffratioError as error:
+            raise DiffratioError(f"data.buckets=[{height}, {width}]: {error}") from None
+
+
 def _check_objective(cfg: Config, weights: bool) -> None:
-    """A base whose card says what it predicts is trained to predict that."""
+    """A base whose card says what it predicts is trained to predict that, and no family what it cannot."""
+    able = get_backbone(cfg["backbone"]["name"]).objectives
+    if cfg["objective"]["name"] not in able:
+        raise DiffratioError(
+            f"objective={cfg['objective']['name']}: backbone {cfg['backbone']['name']} predicts {', '.join(able)}; "
+            f"set objective={able[0]}"
+        )
     place = resolve(cfg["backbone"]["source"]) if cfg["backbone"]["source"] and weights else None
     if isinstance(place, Path) and (place / "card.json").is_file():
         own, asked = read_card(place).objective, cfg["objective"]["name"]
@@ -181,6 +202,13 @@ def _check_text(cfg: Config, transformer: nn.Module, data: ImageData, weights: b
         raise DiffratioError(
             f"data.text.encoder={text['encoder']} gives {conditions.encoder.width} channels a token, and the model "
             f"takes {width}; choose another encoder, or set caption_channels of a model with random weights"
+        )
+    pooled = backbone.pooled_width(transformer)
+    if conditions.encoder.pooled != pooled:
+        raise DiffratioError(
+            f"data.text.encoder={text['encoder']} gives pooled states of {conditions.encoder.pooled} channels, and "
+            f"backbone {backbone.name} takes {pooled}; name "
+            + ("the folder of a pipeline of that family, whose encoders give them" if pooled else "one text encoder")
         )
 
 
@@ -373,18 +401,29 @@ def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Tr
         chosen.append(TQDMProgressBar(refresh_rate=max(1, settings["log_every_n_steps"] // 2)))
     if settings["precision"] == "auto":
         settings["precision"] = best_precision(settings["accelerator"])
+    check_processes(settings, optimizer)
+    plugins: list[Any] = [SafeCheckpointIO()]
+    settings["strategy"] = strategy_of(settings["strategy"])
+    if isinstance(settings["strategy"], ShardedStrategy) and settings["precision"] == "bf16-mixed":
+        # Lightning refuses the name with FSDP2 and takes the plugin: autocast, as in one process
+        device = "cpu" if settings["accelerator"] == "cpu" or not torch.cuda.is_available() else "cuda"
+        plugins.append(MixedPrecision("bf16-mixed", device))
+        del settings["precision"]
     # a validation interval beyond the end would never come: validate once, at the end
     settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
     settings["val_check_interval"] *= settings["accumulate_grad_batches"]
     logger = build_logger(cfg, folder)
     try:
-        return Trainer(
+        plugins += cluster_plugins()
+        trainer = Trainer(
             **settings,
             check_val_every_n_epoch=None,
             logger=logger,
             callbacks=chosen,
             default_root_dir=folder,
-            plugins=[SafeCheckpointIO()],
+            plugins=plugins,
         )
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise DiffratioError(f"trainer: {error}; mend the keys of trainer") from None
+        raise DiffratioError(f"trainer: {' '.join(str(error).split())}; mend the keys of trainer") from None
+    check_started(trainer)
+    return trainer

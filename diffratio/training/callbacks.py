@@ -15,9 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from diffratio.conditions import Captions
 from diffratio.data.latents import LatentData
 from diffratio.files import atomic_file
-from diffratio.training.latents import latent_samples
+from diffratio.training.latents import latent_samples, own_scheduler
 from diffratio.training.logs import RunCSVLogger, rewind_table
 from diffratio.training.module import Training
+from diffratio.training.sharding import gathered, like
 
 
 class WeightAverage(Callback):
@@ -32,12 +33,16 @@ class WeightAverage(Callback):
         self.average: EMAModel | None = None
         self.saved: dict[str, Any] | None = None
         self.last_step = -1
+        self.first = True  # of the processes
 
     def on_fit_start(self, trainer: Trainer, module: Training) -> None:  # type: ignore[override]
+        self.first = trainer.is_global_zero
         self.average = EMAModel(module.averaged(), decay=self.decay)
         self.average.to(module.device)
         if self.saved is not None:
             self.average.load_state_dict(self.saved)
+            pairs = zip(self.average.shadow_params, module.averaged(), strict=True)
+            self.average.shadow_params = [like(one, own.detach()) for one, own in pairs]
             self.average.to(module.device)
             self.saved = None
 
@@ -67,7 +72,11 @@ class WeightAverage(Callback):
         self.swap_out(module)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.average.state_dict() if self.average is not None else {}
+        if self.average is None:
+            return {}
+        state = gathered(self.average.state_dict(), self.first)
+        assert isinstance(state, dict)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.saved = state or None
@@ -153,15 +162,18 @@ class Pictures(Callback):
         if trainer.global_step != self.last:
             self.draw(trainer, module)
 
-    @rank_zero_only
     def draw(self, trainer: Trainer, module: Training) -> None:
-        """Writes the pictures of the present step."""
+        """Writes the pictures of the present step.
+
+        The first process draws them alone, except of a sharded model, whose forward takes all processes.
+        """
+        if not (trainer.is_global_zero or module.sharded):
+            return
         from diffratio.backbones.widening import image_channels
         from diffratio.methods.routed import RoutedMethod
         from diffratio.sampling.generate import generate
         from diffratio.sampling.known import triples
         from diffratio.sampling.pipeline import build_pipeline
-        from diffratio.sampling.schedulers import default_sampler, make_scheduler
         from diffratio.surgery import attach_
 
         self.last = trainer.global_step
@@ -176,13 +188,13 @@ class Pictures(Callback):
                 n, settings = min(self.n, data.held_out_size), {"steps": self.steps}
                 with torch.no_grad(), trainer.precision_plugin.forward_context():
                     images = latent_samples(module, data, n, settings | {"guidance_scale": self.guidance_scale})
-                self._save(images, 10)
+                if trainer.is_global_zero:
+                    self._save(images, 10)
             elif image_channels(module.transformer) <= 3:
-                sampler = default_sampler(module.objective.name)
                 captions = module.conditions if isinstance(module.conditions, Captions) else None
                 pipe = build_pipeline(
                     module.transformer,
-                    make_scheduler(sampler, module.objective.name),
+                    own_scheduler(module.transformer, module.objective.name),
                     text=None if captions is None else captions.encoder,
                 )
                 labels: list[int | str] | None = None
@@ -207,8 +219,9 @@ class Pictures(Callback):
                     )
                 if known is not None:  # original, masked, filled
                     images, columns = triples(known, images), 9
-                self._save(images, columns)
-            if isinstance(module.method, RoutedMethod):
+                if trainer.is_global_zero:
+                    self._save(images, columns)
+            if isinstance(module.method, RoutedMethod) and trainer.is_global_zero:
                 table: Any = module.method.bins
                 if module.learning_ratios and module.keep_ratios is not None:
                     table = [[10 * ratio for ratio in row] for row in module.keep_ratios.table()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,18 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from diffratio.backbones import get_backbone
 from diffratio.checkpoint import export, export_adapter
 from diffratio.conditions import Captions, Conditions
 from diffratio.conditions.mapped import MappedCaptions
+from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError
-from diffratio.sampling.schedulers import default_sampler, make_scheduler, sampler_of
+from diffratio.sampling.prompted import pipeline_guidance
+from diffratio.sampling.schedulers import default_sampler, sampler_of
 from diffratio.surgery import adapter_layers
 from diffratio.training.build import build_data, build_module
 from diffratio.training.latency import with_own_table
+from diffratio.training.latents import own_scheduler
 from diffratio.training.module import Training
 from diffratio.training.saving import read_resumable
 
@@ -27,7 +30,10 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
     """The card of a run's checkpoint."""
     # models in latent space are sampled by a pipeline that has its own encoder
     mapped = isinstance(conditions, MappedCaptions)
-    text = dataclasses.asdict(conditions.encoder) if isinstance(conditions, Captions) and not mapped else None
+    text = conditions.encoder.to_json() if isinstance(conditions, Captions) and not mapped else None
+    guidance = 2.0 if plain["budget"]["guidance"] else 1.0
+    if mapped:  # sampled by the family's usual pipeline
+        guidance = pipeline_guidance(get_backbone(plain["backbone"]["name"]))
     return {
         "name": plain["name"],
         "backbone": plain["backbone"]["name"],
@@ -35,7 +41,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
         "sampler": {
             "name": default_sampler(plain["objective"]["name"]),
             "steps": plain["budget"]["steps"],
-            "guidance_scale": 2.0 if plain["budget"]["guidance"] else 1.0,
+            "guidance_scale": guidance,
         },
         "data": result.get("data") or plain["data"]["name"] or plain["data"]["source"],
         "class_names": result.get("class_names", []),
@@ -72,10 +78,9 @@ def final_losses(module: Training, data: Any, n: int) -> dict[str, Tensor]:
 
 def _sampled(module: Training, card: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The scheduler that goes into the folder, and the card that names it."""
-    settings = card["sampler"]
     if module.scheduler is None:
-        return card, make_scheduler(settings["name"], card["objective"])
-    return card | {"sampler": settings | {"name": sampler_of(module.scheduler)[0]}}, module.scheduler
+        return card, own_scheduler(module.transformer, card["objective"])
+    return card | {"sampler": card["sampler"] | {"name": sampler_of(module.scheduler)[0]}}, module.scheduler
 
 
 def export_module(module: Training, out: Path, card: dict[str, Any], dtype: torch.dtype | None = None) -> Path:
@@ -102,6 +107,25 @@ def export_module_adapter(module: Training, out: Path, card: dict[str, Any], dty
     return export_adapter(module.transformer, out, module.base, card=card, scheduler=sampler, dtype=dtype)
 
 
+def restored(plain: dict[str, Any], data: ImageData, saved: dict[str, Any]) -> Training:
+    """A run's module with the weights of a checkpoint, the moving average where it has one.
+
+    Args:
+        plain: config of the run.
+        data: of the run.
+        saved: what `read_resumable` gives.
+    """
+    module = build_module(plain, data)
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"])
+    average = saved["callbacks"].get("WeightAverage")
+    if average:
+        ema = EMAModel(module.averaged())
+        ema.load_state_dict(average)
+        ema.copy_to(module.averaged())
+    return module
+
+
 def export_checkpoint(
     plain: dict[str, Any], folder: Path, out: Path, dtype: str | None, adapter: bool = False
 ) -> dict[str, Any]:
@@ -122,15 +146,7 @@ def export_checkpoint(
         raise DiffratioError(f"{str(folder)!r} has no checkpoint yet (checkpoints/last.ckpt); train it first")
     saved = read_resumable(path)
     plain = with_own_table(plain, folder)
-    data = build_data(plain)
-    module = build_module(plain, data)
-    module.on_load_checkpoint(saved)
-    module.load_state_dict(saved["state_dict"])
-    average = saved["callbacks"].get("WeightAverage")
-    if average:
-        ema = EMAModel(module.averaged())
-        ema.load_state_dict(average)
-        ema.copy_to(module.averaged())
+    module = restored(plain, build_data(plain), saved)
     if module.learning_ratios:
         raise DiffratioError(
             f"the keep ratios of {str(folder)!r} are still learned (step {saved['global_step']}); "

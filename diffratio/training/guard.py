@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffratio.errors import ReportedElsewhere, RunFailed
+from diffratio.training.processes import release
 from diffratio.training.saving import last_good
 from diffratio.training.settings import GuardSettings
 
@@ -76,6 +77,8 @@ class NonFiniteGuard:
         if bool(torch.isfinite(total)):
             self.in_a_row = 0
             return True
+        if trainer.world_size > 1:
+            release(trainer)  # from here on all processes may end
         of_loss = _gathered(trainer, [position for batch in batches for position in batch.bad()])
         if not of_loss and _scale(trainer) > 1:  # fp16: the scaler tries large scales and steps back by itself
             return False
@@ -83,7 +86,7 @@ class NonFiniteGuard:
         stop = self.settings.nonfinite == "stop"
         if stop or self.in_a_row >= self.settings.max_skipped:
             if getattr(trainer, "global_rank", 0):
-                raise ReportedElsewhere("a loss or gradient is not finite")
+                raise ReportedElsewhere("a loss or gradient is not finite", RunFailed.exit_code)
             samples = of_loss or [position for batch in batches for position in batch.positions]
             raise RunFailed(self._message(trainer, batches, bool(of_loss), samples))
         return False

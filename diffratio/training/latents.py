@@ -11,12 +11,14 @@ from torch import nn
 
 from diffratio.backbones import backbone_of
 from diffratio.backbones.base import TEXT_TOKENS
+from diffratio.backbones.widening import image_channels
 from diffratio.checkpoint import resolve, text_of
 from diffratio.checkpoint.parts import scheduler_of
 from diffratio.conditions.pipelines import local_folder, pipeline_text
 from diffratio.data.latents import LatentData
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json
+from diffratio.sampling.schedulers import default_sampler, make_scheduler
 
 _DIT_CLASSES = 1000  # that diffusers' pipeline is written for
 
@@ -35,19 +37,20 @@ def check_latents(transformer: nn.Module, data: LatentData, source: str | None, 
             another objective than its scheduler's.
     """
     manifest, backbone = data.manifest, backbone_of(transformer)
-    config: Any = transformer.config
     channels, size = manifest.vae.channels, manifest.latent_size
-    if channels != config.in_channels:
+    taken, side = image_channels(transformer), backbone.sample_side(transformer)
+    if channels != taken:
         raise DiffratioError(
             f"data.source={data.source!r} holds latents of {channels} channels, and the model takes "
-            f"{config.in_channels}; precompute them with the model's own VAE"
+            f"{taken}; precompute them with the model's own VAE"
         )
     backbone.grid(transformer, torch.empty(1, channels, size, size, device="meta"))
-    if size != config.sample_size:
+    if size != side:
+        free = f", or set backbone.config={{_token_side:{size // backbone.fold}}}" if backbone.fold > 1 else ""
         raise DiffratioError(
             f"data.source={data.source!r} holds latents of {size}x{size} (pictures of {manifest.image_size}), and the "
-            f"model is of {config.sample_size}x{config.sample_size}; precompute them with "
-            f"data.image_size={config.sample_size * manifest.vae.factor}"
+            f"model is of {side}x{side}; precompute them with "
+            f"data.image_size={side * manifest.vae.factor}{free}"
         )
     folder = _folder(source)
     if folder is not None:
@@ -74,6 +77,13 @@ def base_scheduler(source: str | None) -> Any:
     """The scheduler of the pipeline that a transformer came from, so that a comparison samples both alike, or None."""
     folder = _folder(source)
     return scheduler_of(folder) if folder is not None and (folder / "scheduler").is_dir() else None
+
+
+def own_scheduler(transformer: nn.Module, objective: str) -> Any:
+    """The default scheduler of an objective, with the family's shift: the levels that a budget counts."""
+    shift = backbone_of(transformer).level_shift(transformer)
+    options = {"shift": shift} if shift != 1 and objective != "noise" else {}
+    return make_scheduler(default_sampler(objective), objective, **options)
 
 
 def _folder(source: str | None) -> Path | None:
@@ -121,6 +131,11 @@ def _check_text(transformer: nn.Module, data: LatentData, source: str | None) ->
             f"data.source={data.source!r} has text of {own}, and the model takes {backbone.text_width(transformer)} "
             "channels a token; precompute it with the model's own text encoder"
         )
+    if own.pooled != backbone.pooled_width(transformer):
+        raise DiffratioError(
+            f"data.source={data.source!r} has text of {own}, and the model takes pooled states of "
+            f"{backbone.pooled_width(transformer)} channels; precompute it with text=PIPELINE, whose encoders give them"
+        )
     made_for = text_of(source) if source else None
     folder = _folder(source)
     pipeline = pipeline_text(folder) if folder is not None else None
@@ -158,10 +173,9 @@ def latent_samples(module: Any, data: LatentData, n: int, settings: Mapping[str,
     """
     from diffratio.sampling.generate import generate
     from diffratio.sampling.latent import latent_pipeline
-    from diffratio.sampling.schedulers import default_sampler, make_scheduler
     from diffratio.surgery import attach_
 
-    scheduler = make_scheduler(default_sampler(module.objective.name), module.objective.name)
+    scheduler = own_scheduler(module.transformer, module.objective.name)
     coder = data.coder().to(module.device)
     pipe: Any = attach_(latent_pipeline(module.transformer, scheduler, coder, module.conditions))
     labels = data.held_out(n)[1].tolist()

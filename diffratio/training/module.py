@@ -30,7 +30,9 @@ from diffratio.surgery import attachment, drop_root_module_
 from diffratio.training.guard import NonFiniteGuard
 from diffratio.training.lora import leave_base_, put_base_
 from diffratio.training.optimizers import make_optimizer
+from diffratio.training.processes import mean_over_processes
 from diffratio.training.settings import BudgetSettings, GuardSettings, LossSettings, OptimizerSettings
+from diffratio.training.sharding import shard_, whole
 
 _HARM_MEMORY = 0.95
 
@@ -97,6 +99,16 @@ class Training(LightningModule):
         self.base: BaseWeights | None = None  # what LoRA stands on, where that can be loaded again
         self.rounding: dict[str, float] = {}
         self.probe_n = probe_n
+        self.sharded = False
+
+    def configure_model(self) -> None:
+        """Shards transformer and teacher, where the strategy asks for that."""
+        if self.device_mesh is None or self.sharded:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for one in (self.transformer, *self._teacher):
+            shard_(one, self.backbone, mesh)
+        self.sharded = True
 
     def _region_weights(self, regions: int) -> list[float]:
         """What the ratios' gradient in each region is multiplied by.
@@ -161,17 +173,24 @@ class Training(LightningModule):
         output = self.predict(inputs, levels, batch["labels"])
         losses = self.objective.losses(output, noised)  # (B,)
         loss = losses.mean()
-        self.log("train/diffusion_loss", loss.detach(), prog_bar=True)
+        self._log_loss("train/diffusion_loss", loss, prog_bar=True)
         if self._teacher:
             with torch.no_grad():
                 taught = self._forward(self._teacher[0].to(clean.device), inputs, levels, batch["labels"])
             distance = self.objective.distance(output, taught, noised).mean()
-            self.log("train/distill_loss", distance.detach())
+            self._log_loss("train/distill_loss", distance)
             loss = loss + self.loss.distill * distance
         if self.keep_ratios is not None and not self.learning_ratios:
             loss = loss + 0 * self.keep_ratios.rho.sum()  # DDP refuses parameters without gradient
         self.guard.see(loss, losses, positions)
         return loss
+
+    def _log_loss(self, name: str, loss: Tensor, prog_bar: bool = False) -> None:
+        """Logs a loss of the batch; what is written is the mean over processes."""
+        trainer = self.trainer
+        if trainer.world_size > 1 and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            loss = mean_over_processes(trainer, loss)
+        self.log(name, loss.detach(), prog_bar=prog_bar)
 
     def _seen(self, noised: Noised, masks: Tensor | None) -> tuple[Tensor, Noised]:
         """What the model sees of a noised batch, and the batch with the pixels whose error counts."""
@@ -248,9 +267,12 @@ class Training(LightningModule):
         """
         groups = self.groups()
         gradients = [one.grad for one in groups["weights"] + groups["routers"] if one.grad is not None]
-        norms = [nn.utils.get_total_norm(gradients)] if gradients else []
+        norm = nn.utils.get_total_norm(gradients) if gradients else None
+        norms = [whole(norm)] if norm is not None else []
         ratio_gradient = self.keep_ratios.rho.grad if self.learning_ratios and self.keep_ratios is not None else None
         if ratio_gradient is not None:
+            if self.sharded:  # the ratios are whole on every process, and nobody else averages their gradient
+                ratio_gradient.copy_(mean_over_processes(self.trainer, ratio_gradient))
             ratio_gradient.mul_(ratio_gradient.new_tensor(self.region_weights))
             norms.append(ratio_gradient.norm())
         sound = self.guard.passes(self.trainer, norms)
@@ -259,10 +281,8 @@ class Training(LightningModule):
         if not sound:
             optimizer.zero_grad(set_to_none=True)
             return
-        if gradients and self.optimizer_settings.clip:
-            nn.utils.clip_grads_with_norm_(
-                groups["weights"] + groups["routers"], self.optimizer_settings.clip, norms[0]
-            )
+        if norm is not None and self.optimizer_settings.clip:
+            nn.utils.clip_grads_with_norm_(groups["weights"] + groups["routers"], self.optimizer_settings.clip, norm)
             self.log("train/grad_norm", norms[0])
         if self.learning_ratios:
             assert self.keep_ratios is not None

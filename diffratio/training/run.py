@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -25,8 +25,12 @@ from diffratio.errors import DiffratioError, RunFailed, Terminated, unknown
 from diffratio.files import atomic_file, configs_folder, writable_folder, write_json
 
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
-# warnings of Lightning about what is so on purpose: data of our own that resumes, folders that hold a run
-_EXPECTED = ".*not resumable.*|.*does not have many workers.*|.*__len__.*|.*LeafSpec.*|.*exists and is not empty.*"
+# warnings about what is so on purpose: data of our own that resumes, folders that hold a run, blocks that return views
+# (nothing is done in place on them)
+_EXPECTED = (
+    ".*not resumable.*|.*does not have many workers.*|.*__len__.*|.*LeafSpec.*|.*exists and is not empty.*|"
+    ".*returned a view tensor.*"
+)
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -277,7 +281,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     from diffratio.data.latents import LatentData
     from diffratio.training.build import build_data, build_module, build_trainer
+    from diffratio.training.callbacks import WeightAverage
     from diffratio.training.latency import keep_table, with_own_table
+    from diffratio.training.processes import check_alike, ending_together, under_srun
     from diffratio.training.saving import LAST, present, read_resumable, resumable
 
     plain = plain_config(cfg)
@@ -306,24 +312,33 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         data.coder()  # that the run's pictures need at its end
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = build_trainer(plain, folder, module.optimizer_settings)
-    if trainer.world_size > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping and trainer.world_size > 1 and not under_srun():  # each job of the launcher's is one run there
         raise DiffratioError(
-            f"a multirun over {trainer.world_size} processes would start the whole sweep in each of them; "
-            "set trainer.devices=1, or start one run for each setting"
+            f"a multirun over {trainer.world_size} processes would start the whole sweep in each of them; set "
+            "trainer.devices=1, start one run for each setting, or queue them with hydra/launcher=slurm and "
+            "hydra.launcher.tasks_per_node equal to trainer.devices"
         )
     if getattr(rank_zero_only, "rank", 0) == 0:
         with atomic_file(writable_folder(folder) / CONFIG_FILE) as path:
             path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         keep_table(plain, folder)
-    with _in_order(folder), warnings.catch_warnings():
+    with ending_together(trainer), _in_order(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_EXPECTED)
         trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=True)
         if module.learning_ratios:  # stopped early, by trainer.max_time
             module.freeze_schedule(trainer.global_step)
+        check_alike(trainer, "the keep schedule", getattr(module.method, "bins", None))
         trainer.save_checkpoint(folder / "checkpoints" / LAST, weights_only=False)
     seconds = time.perf_counter() - started
-    with _in_order(folder):
-        result = _finish(plain, module, trainer, folder, seconds)
+    with ending_together(trainer), _in_order(folder):
+        if module.sharded:  # too large for one process to train, not to hold: it takes what was saved
+            result = _finish_sharded(plain, trainer, folder, seconds)
+        else:
+            for callback in cast(Any, trainer).callbacks:
+                if isinstance(callback, WeightAverage):
+                    callback.swap_in(module)
+            result = _finish(plain, module, trainer, folder, seconds)
         if trainer.is_global_zero:
             write_json(folder / RESULT_FILE, result)
     return result
@@ -354,16 +369,26 @@ def _in_order(folder: Path) -> Iterator[None]:
         raise RunFailed(f"{error}; {last_good(folder)}: mend that and run the command again") from error
 
 
+def _finish_sharded(plain: dict[str, Any], trainer: Any, folder: Path, seconds: float) -> dict[str, Any]:
+    """`_finish` on the first process, with a whole module from the last checkpoint; the others wait for its result."""
+    from diffratio.training.export import restored
+    from diffratio.training.saving import LAST, read_resumable
+
+    result: dict[str, Any] = {}
+    if trainer.is_global_zero:
+        module = restored(plain, trainer.datamodule, read_resumable(folder / "checkpoints" / LAST))
+        result = _finish(plain, module, trainer, folder, seconds)
+    found = trainer.strategy.broadcast(result)
+    assert isinstance(found, dict)
+    return found
+
+
 def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seconds: float) -> dict[str, Any]:
-    """Puts the average in, measures the last validation loss and exports."""
+    """Measures the last validation loss and exports."""
     from diffratio.training.build import budget_table
-    from diffratio.training.callbacks import WeightAverage
     from diffratio.training.export import card_of, export_module, export_module_adapter, final_losses
     from diffratio.training.latency import in_words, promised, reached
 
-    for callback in trainer.callbacks:
-        if isinstance(callback, WeightAverage):
-            callback.swap_in(module)
     module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     with trainer.precision_plugin.forward_context():
         parts = final_losses(module, trainer.datamodule, plain["callbacks"]["final_n"])

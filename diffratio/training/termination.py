@@ -1,4 +1,4 @@
-"""SIGTERM while training: the step is finished, its state saved, and the process ends in order."""
+"""SIGTERM, or SLURM's warning SIGUSR1, while training: the step is finished, its state saved, and the job ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from diffratio.training.module import Training
+from diffratio.training.processes import release
 from diffratio.training.saving import LAST, present
 
 
 class Termination(Callback):
-    """Saves at the end of the step in which SIGTERM comes, then leaves the loop.
+    """Saves at the end of the step in which SIGTERM or SIGUSR1 comes, to any of the processes, then leaves the loop.
 
     Lightning's own handler stops after a micro-batch and saves nothing, and talks to other processes from inside the
-    handler. This one takes its place while steps run; a SLURM requeue signal stays Lightning's.
+    handler. This one takes its place while steps run. A job script requeues (`configs/slurm.sbatch`); where a launcher
+    listens to SIGUSR1 already, it is left to that.
 
     Args:
         folder: run folder.
@@ -32,6 +34,8 @@ class Termination(Callback):
         self.last_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():  # only there can signals be handled
             signal.signal(signal.SIGTERM, self._request)  # Lightning puts back what it found before the fit
+            if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+                signal.signal(signal.SIGUSR1, self._request)
 
     def _request(self, *_: object) -> None:
         self.requested = True
@@ -43,6 +47,7 @@ class Termination(Callback):
         if trainer.world_size > 1:  # saving takes all processes together
             self.requested = trainer.strategy.reduce_boolean_decision(self.requested, all=False)
         if self.requested:
+            release(trainer)
             trainer.save_checkpoint(self.path, weights_only=False)
             self.saved_step = trainer.global_step
 

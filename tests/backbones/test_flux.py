@@ -333,8 +333,11 @@ def test_grids_of_samples_and_configurations(tmp_path: Path) -> None:
     assert FLUX.grid(transformer, torch.empty(1, 36, 4)) == TokenGrid(6, 6)
     with pytest.raises(DiffratioError, match="35 tokens of a flux sample are no square: img_ids"):
         FLUX.grid(transformer, torch.empty(1, 35, 4))
-    with pytest.raises(DiffratioError, match=r"packed latents .* got \(1, 1, 8, 8\)"):
-        FLUX.grid(transformer, torch.empty(1, 1, 8, 8))
+    assert FLUX.grid(transformer, torch.empty(1, 1, 8, 6)) == TokenGrid(4, 3)
+    with pytest.raises(DiffratioError, match="a 7x8 sample does not fit flux"):
+        FLUX.grid(transformer, torch.empty(1, 1, 7, 8))
+    with pytest.raises(DiffratioError, match=r"takes samples .* got \(8, 8\)"):
+        FLUX.grid(transformer, torch.empty(8, 8))
     assert FLUX.grid(FLUX.from_config({"num_layers": 0, "num_single_layers": 0})) == TokenGrid(64, 64)
     for grid in (GRID, TokenGrid(2, 7), TokenGrid(1, 3), TokenGrid(5, 1)):
         for ids in (image_ids(grid), image_ids(grid)[None], image_ids(grid).bfloat16()):

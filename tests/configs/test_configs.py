@@ -28,7 +28,7 @@ from diffratio.training.run import check, compose, plain_config
 from diffratio.training.settings import BudgetSettings, OptimizerSettings
 
 ROOT = configs_folder()
-FILES = sorted(ROOT.rglob("*.yaml"))
+FILES = sorted(path for path in ROOT.rglob("*.yaml") if "hydra" not in path.parts)  # see test_the_slurm_launcher
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiment").glob("*.yaml"))]
 PUBLISHED = ("pixart_sigma_512_diffcr", "dit_xl_256_diffcr")
@@ -231,3 +231,13 @@ def test_a_config_beside_a_source_must_be_true_of_it() -> None:
     with pytest.raises(DiffratioError, match="num_layers is 9, and backbone.source='fashion-dit' has 8"):
         measured = compose("train", ["experiment=fashion_dense", *wrong])
         build_transformer(plain_config(measured))
+
+
+def test_the_slurm_launcher() -> None:
+    """It composes without the plugin, and has the plugin's keys where that is installed."""
+    path = ROOT / "hydra" / "launcher" / "slurm.yaml"
+    line = path.read_text(encoding="utf-8").splitlines()[0]
+    assert line.startswith("# python train.py -m hydra/launcher=slurm ") and line.endswith("ckpt_path=last")
+    compose("train", ["hydra/launcher=slurm"])
+    plugin = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config", reason="needs diffratio[slurm]")
+    assert set(values_of(path)) == {field.name for field in dataclasses.fields(plugin.SlurmQueueConf)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from resuming import assert_equal
 from tiny_run import checkpoint_of, column, job, train_tiny
 from torch import Tensor
@@ -130,6 +131,41 @@ def test_a_state_that_is_not_finite_is_never_saved(data: Path, tmp_path: Path, m
     with pytest.raises(RunFailed, match=r"holds numbers that are not finite.*last good checkpoint is"):
         train_tiny(data, tmp_path / "run", *PLAIN)
     assert checkpoint_of(tmp_path / "run")["global_step"] == 2
+
+
+def scaled(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """Lets `train` work in fp16 on the CPU, with a loss scale whose gradients overflow in the first step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-32)
+    original = build.Trainer
+
+    def in_halves(**settings: Any) -> Any:
+        del settings["precision"]
+        settings["plugins"].append(MixedPrecision("16-mixed", "cpu", scaler))
+        return original(**settings)
+
+    monkeypatch.setattr(build, "Trainer", in_halves)
+    return scaler
+
+
+def test_a_loss_scale_that_overflows_is_no_fault(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler leaves the step out and lowers its scale; the guard neither stops nor counts that."""
+    scaler, run = scaled(monkeypatch), tmp_path / "run"
+    result = train_tiny(data, run, *PLAIN)
+    assert result["steps"] == 4 and scaler.get_scale() == 2.0**8
+    saved = checkpoint_of(run)
+    assert saved["diffratio"]["guard"] == {"skipped": 0, "in_a_row": 0}
+    moments = saved["optimizer_states"][0]["state"][0]
+    assert moments["step"] == 3 and torch.isfinite(moments["exp_avg"]).all()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_in_fp16_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch)
+    poison(monkeypatch, {19})
+    with pytest.raises(RunFailed, match=r"the loss is nan at step 2 \(samples 19 of the stream"):
+        train_tiny(data, tmp_path / "run", *PLAIN)
 
 
 def with_module(monkeypatch: pytest.MonkeyPatch, change: Callable[[Training], None]) -> None:

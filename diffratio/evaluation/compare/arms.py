@@ -15,6 +15,7 @@ from torch import nn
 from diffratio import surgery
 from diffratio.backbones import backbone_of
 from diffratio.checkpoint import load_pipeline, read_card, resolve
+from diffratio.checkpoint.parts import scheduler_of
 from diffratio.cost.macs import Cost
 from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
@@ -24,7 +25,8 @@ from diffratio.files import sha256
 from diffratio.methods.base import Method, MethodConfig, config_to_json
 from diffratio.methods.dense import Dense
 from diffratio.methods.fewer_steps import FewerSteps
-from diffratio.sampling.schedulers import noise_levels, set_steps
+from diffratio.sampling.prompted import prompted_levels
+from diffratio.sampling.schedulers import objective_of
 from diffratio.sensitivity import CALIBRATED, Sensitivity, find_map, required_map, solved
 
 DENSE, FINETUNED = "dense", "dense_finetuned"
@@ -128,7 +130,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     base = _load(settings.weights, "weights", device, settings.parts)
     shared = base if hasattr(base, "text_encoder") else None  # one text encoder and VAE for all arms
     run = _dense_run(base, settings)
-    objective = _objective(settings.weights)
+    objective = _objective(settings.weights) or objective_of(base.scheduler)
     found = [_ready(base, Arm(DENSE, settings.weights, {"name": DENSE}, weights_sha256=_digest(settings.weights)), run)]
     controls: list[Contender] = []
     given = [(settings.finetuned, None)] if settings.finetuned else []
@@ -262,11 +264,10 @@ def _load(source: str, key: str, device: str, parts: Any = None) -> Any:
 
 
 def _dense_run(pipe: Any, settings: CompareSettings) -> SamplingRun:
-    set_steps(pipe.scheduler, settings.steps)
     backbone = backbone_of(pipe.transformer)
     grid, text = backbone.grid(pipe.transformer), backbone.text_tokens(pipe.transformer)
-    guidance: Guidance = "cfg" if settings.guidance_scale > 1 else "none"
-    return SamplingRun(noise_levels(pipe.scheduler), grid, guidance, text)
+    guidance: Guidance = "cfg" if settings.guidance_scale > 1 and backbone.guidance_order != "one" else "none"
+    return SamplingRun(prompted_levels(pipe, settings.steps), grid, guidance, text)
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -300,13 +301,16 @@ def _has_card(path: Path | str) -> TypeGuard[Path]:
     return isinstance(path, Path) and (path / "card.json").is_file()
 
 
-def _objective(source: str) -> str:
+def _objective(source: str) -> str | None:
+    """What a checkpoint predicts, by its card or by its scheduler; None of one that is not on this machine."""
     path = resolve(source)
-    return read_card(path).objective if _has_card(path) else "noise"
+    if _has_card(path):
+        return read_card(path).objective
+    return objective_of(scheduler_of(path)) if isinstance(path, Path) and (path / "scheduler").is_dir() else None
 
 
 def _same_objective(source: str, objective: str, weights: str) -> None:
-    if (own := _objective(source)) != objective:
+    if (own := _objective(source)) not in (objective, None):
         raise DiffratioError(
             f"{source!r} predicts {own} and weights={weights!r} predict {objective}; "
             "compare checkpoints of one objective"
