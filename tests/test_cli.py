@@ -262,6 +262,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main(["doctor"]) == 0
 
 
+@pytest.mark.slow  # tests/e2e/test_way.py goes the same way in processes of its own
 def test_train_export_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     assert main(["train", *TINY, f"paths.output_dir={run}", "--json"]) == 0

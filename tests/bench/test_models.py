@@ -62,6 +62,7 @@ def test_a_shortened_model_runs_its_blocks_on_the_first_tokens(transformer: Any)
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_models_compute_the_same(transformer: Any) -> None:
     torch.compiler.reset()
     arguments, run = inputs(), uniform_run(1, backbone_of(transformer).grid(transformer), "none")

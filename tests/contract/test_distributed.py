@@ -9,6 +9,7 @@ import torch.multiprocessing
 from distributed_worker import work
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/training/test_processes.py trains in two processes by default
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_ddp_with_different_regions_a_rank(tmp_path: Path, checkpointing: bool) -> None:
     torch.multiprocessing.spawn(work, (str(tmp_path / "store"), checkpointing), nprocs=2)

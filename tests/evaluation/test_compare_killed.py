@@ -43,6 +43,7 @@ def stop(process: subprocess.Popen[str], out: Path, written: int, delay: float, 
         process.kill()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_rerun_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

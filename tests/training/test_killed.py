@@ -39,7 +39,14 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("step", "accumulate"), [(2, 1), (3, 1), (2, 2)], ids=["2", "before a validation", "half"])
+@pytest.mark.parametrize(
+    ("step", "accumulate"),
+    [
+        pytest.param(2, 1, id="2", marks=pytest.mark.slow),
+        pytest.param(3, 1, id="before a validation", marks=pytest.mark.slow),
+        pytest.param(2, 2, id="half"),
+    ],
+)
 def test_terminated_saves_the_step_and_resumes(
     data: Path, tmp_path: Path, straight: Callable[..., Path], step: int, accumulate: int
 ) -> None:
@@ -87,7 +94,10 @@ def test_the_command_itself_is_terminated(data: Path, tmp_path: Path) -> None:
     assert saved["global_step"] >= 1
 
 
-@pytest.mark.parametrize("moment", ["write", "last.sha256", "last.prev.ckpt", "last.ckpt"])
+@pytest.mark.parametrize(
+    "moment",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("write", "last.sha256", "last.prev.ckpt")), "last.ckpt"],
+)
 def test_killed_while_saving(data: Path, tmp_path: Path, whole: Path, moment: str) -> None:
     run = tmp_path / "run"
     code, said = Job(job(data, run, *EVERY), tmp_path, ("die_in_save", 3, moment)).end()
@@ -104,7 +114,7 @@ def test_killed_while_saving(data: Path, tmp_path: Path, whole: Path, moment: st
     ]
 
 
-@pytest.mark.parametrize("damage", ["torn", "bit"])
+@pytest.mark.parametrize("damage", ["torn", pytest.param("bit", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     data: Path, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -166,7 +176,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     assert saving.read_resumable(last)["global_step"] == 3
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, pytest.param(errno.EROFS, marks=pytest.mark.slow)])
 def test_a_disk_full_in_training_is_one_line(data: Path, tmp_path: Path, whole: Path, code: int) -> None:
     """From the third save on nothing can be written any more, tables included."""
     run = tmp_path / "run"
