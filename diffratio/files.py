@@ -14,6 +14,8 @@ from typing import Any
 
 from diffratio.errors import DiffratioError
 
+_LARGEST_JSON = 256 << 20  # bytes
+
 
 def configs_folder() -> Path:
     """The config tree: inside the installed package, or beside it in a checkout."""
@@ -87,14 +89,24 @@ def write_json(path: str | Path, document: Any) -> None:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path, what: str) -> Any:
+def read_json(path: str | Path, what: str, most: int = _LARGEST_JSON) -> Any:
     """Reads JSON.
 
+    Args:
+        path: the file.
+        what: it holds, for the message.
+        most: bytes that are read.
+
     Raises:
-        DiffratioError: `what` is missing, or is not JSON.
+        DiffratioError: `what` is missing, is not JSON, is larger than it may be, or is nested too deeply.
     """
     try:
+        size = Path(path).stat().st_size
+        if size > most:
+            raise DiffratioError(f"{what}: {str(path)!r} has {size:,} bytes, and at most {most:,} are read")
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise DiffratioError(f"{what}: {str(path)!r} is nested too deeply") from None
     except FileNotFoundError:
         raise DiffratioError(f"{what}: no file {str(path)!r}") from None
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from diffratio import checkpoint
 from diffratio.backbones import get_backbone
 from diffratio.cost.run import uniform_run
 from diffratio.errors import DiffratioError
-from diffratio.files import sha256
+from diffratio.files import read_json, sha256
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.tokens.grid import TokenGrid
 
@@ -195,3 +195,36 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         with pytest.raises(DiffratioError, match="checkpoint 'no-owner/no-model'") as caught:
             load("no-owner/no-model")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_layers": 10**9}, "num_layers is 1000000000"),
+        ({"num_layers": 5000}, "5,000 blocks"),
+        ({"num_attention_heads": 10**5}, "channels of a token"),
+        ({"sample_size": 10**6}, "table of positions"),
+        ({"attention_head_dim": 1024}, "do not go together"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "dense_folder"])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(
+    request: pytest.FixtureRequest, kind: str, changes: dict[str, Any], says: str
+) -> None:
+    place: Path = request.getfixturevalue(kind)
+    rewrite(place / "transformer" / "config.json", **changes)
+    with pytest.raises(DiffratioError, match=says):
+        diffratio.load_transformer(place)
+
+
+def test_json_nested_without_end_is_one_line(folder: Path) -> None:
+    (folder / "routing.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(DiffratioError, match="nested too deeply"):
+        diffratio.load_transformer(folder)
+
+
+def test_json_of_any_size_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "large.json").write_text(json.dumps(list(range(100))))
+    with pytest.raises(DiffratioError, match="large.json' has 390 bytes, and at most 100 are read"):
+        read_json(tmp_path / "large.json", "list", most=100)

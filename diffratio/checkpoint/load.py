@@ -13,6 +13,7 @@ from diffratio.backbones import backbone_of, get_backbone
 from diffratio.backbones.base import NOTES, Backbone, backbone_of_class
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.adapter import base_place, load_adapter
+from diffratio.checkpoint.bounds import check_shapes, check_sizes
 from diffratio.checkpoint.card import read_card
 from diffratio.checkpoint.parts import is_text, pipeline_around, scheduler_of
 from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
@@ -189,7 +190,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     if not weights.is_file():
         return _by_diffusers(backbone, str(place), dtype)  # sharded, or another file format
     state = _read(weights)
-    transformer = _build(backbone, config, place / "config.json")
+    transformer = _build_for(state, weights, backbone, config, place / "config.json")
     return _fill(transformer, state, weights, dtype)
 
 
@@ -202,7 +203,7 @@ def _routed(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) 
     if sha256(weights) != digest:
         raise DiffratioError(f"{str(weights)!r} is damaged or was changed: its sha256 is not the one in {str(path)!r}")
     backbone = get_backbone(document["backbone"])
-    transformer = _build(backbone, config, folder / layout.TRANSFORMER / "config.json")
+    transformer = _build_for(state, weights, backbone, config, folder / layout.TRANSFORMER / "config.json")
     if document["class"] != type(transformer).__name__:
         raise DiffratioError(f"{str(path)!r}: class {document['class']!r} is not that of backbone {backbone.name!r}")
     try:
@@ -256,7 +257,17 @@ def _family(config: Mapping[str, Any], path: Path) -> Backbone:
         raise DiffratioError(f"{str(path)!r}: {error}") from None
 
 
+def _build_for(
+    state: Mapping[str, Tensor], weights: Path, backbone: Backbone, config: Mapping[str, Any], path: Path
+) -> nn.Module:
+    """The model of a configuration, once it is known that the weights are about as many as it asks for."""
+    with torch.device("meta"):
+        check_shapes(_build(backbone, config, path), state, path, weights)
+    return _build(backbone, config, path)
+
+
 def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
+    check_sizes(config, path)
     try:
         transformer = backbone.from_config(public(config))
         noted = {note: config.get(note) for note in NOTES if type(config.get(note)) is int and config[note] > 0}

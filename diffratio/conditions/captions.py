@@ -219,7 +219,7 @@ def load_captions(folder: str | Path, encoder: EncoderId | None = None) -> Capti
         raise DiffratioError(
             f"captions in {str(path)!r} were encoded by {made_by}, and {encoder} is asked for; precompute them anew"
         )
-    texts: Any = read_json(path / "captions.json", "captions")
+    texts: Any = read_json(path / "captions.json", "captions", 8 << 30)
     states, pooled, offsets, end = [], [], [torch.zeros(1, dtype=torch.long)], 0
     for name, digest in shards:
         file = path / Path(name).name  # a manifest does not name files elsewhere
