@@ -236,9 +236,9 @@ class LatentData(ImageData):
         found = (made.revision if made is not None else None) or own.revision
         if (found, tokens, width, pooled) != (own.revision, own.tokens, own.width, own.pooled):
             raise DiffratioError(
-                f"captions in {self.source!r} are text of {own}, and {source!r} reads {tokens} tokens of {width}, "
-                f"pooled {pooled}, by encoders of revision {found}; precompute them anew with text={source} "
-                f"tokens={tokens}"
+                f"captions in {self.source!r} are text of {own}, and {source!r} reads {tokens} tokens of {width}"
+                f"{f', pooled {pooled},' if pooled else ''} by an encoder of revision {found}; precompute them anew "
+                f"with text={source} tokens={tokens}"
             )
 
     def held_out_pictures(self, n: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
@@ -16,16 +16,18 @@ from diffratio.sampling.pipeline import PixelDiTPipeline, build_pipeline
 from diffratio.sampling.schedulers import make_scheduler, objective_of
 
 
-class Oracle(nn.Module):
-    """A transformer whose prediction is a known function; records what it is called with."""
+class Oracle(DiTTransformer2DModel):  # type: ignore[misc]
+    """A DiT whose prediction is a known function; records what it is called with."""
 
     dtype = torch.float32
     device = torch.device("cpu")
 
     def __init__(self, predict: Any, channels: int = 1, size: int = 8) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.predict = predict
-        self.config = SimpleNamespace(in_channels=channels, sample_size=size, patch_size=2, num_embeds_ada_norm=10)
+        self._internal_dict = SimpleNamespace(
+            in_channels=channels, sample_size=size, patch_size=2, num_embeds_ada_norm=10
+        )
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
         self.eval()
 
