@@ -25,6 +25,7 @@ _LAZY = {
     "MoD": "diffratio.methods.mod",
     "RandomKeep": "diffratio.methods.random_keep",
     "SDTM": "diffratio.methods.sdtm",
+    "SDTMCached": "diffratio.methods.sdtm_cached",
     "ToDo": "diffratio.methods.todo",
     "ToFu": "diffratio.methods.tofu",
     "ToMe": "diffratio.methods.tome",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from diffratio.methods.mod import MoD as MoD
     from diffratio.methods.random_keep import RandomKeep as RandomKeep
     from diffratio.methods.sdtm import SDTM as SDTM
+    from diffratio.methods.sdtm_cached import SDTMCached as SDTMCached
     from diffratio.methods.step_schedule import StepSchedule as StepSchedule
     from diffratio.methods.step_schedule import load_step_schedule as load_step_schedule
     from diffratio.methods.todo import ToDo as ToDo

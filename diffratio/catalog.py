@@ -21,6 +21,10 @@ METHODS: dict[str, tuple[str, str]] = {
     "mod": ("diffratio.methods.mod", "routed; the same keep ratio everywhere (Mixture-of-Depths)"),
     "random_keep": ("diffratio.methods.random_keep", "random tokens, the same keep ratio everywhere"),
     "sdtm": ("diffratio.methods.sdtm", "windows first, then single tokens, by step; training-free (SDTM, merging)"),
+    "sdtm_cached": (
+        "diffratio.methods.sdtm_cached",
+        "sdtm whose merged tokens keep most of a stored output (SDTM release)",
+    ),
     "todo": ("diffratio.methods.todo", "keys and values from a coarser grid, training-free (ToDo)"),
     "tofu": ("diffratio.methods.tofu", "ToMe's matching; early blocks drop, later ones merge, training-free (ToFu)"),
     "tome": ("diffratio.methods.tome", "merges similar tokens around attention, training-free (ToMe)"),

@@ -29,6 +29,7 @@ SAMPLED = [
     *((kind, name) for kind in ("sd3", "flux") for name in ("mod", "tome")),
     ("flux", "sdtm"),
     ("sd3", "dato"),
+    ("sd3", "sdtm_cached"),
 ]
 
 

@@ -237,6 +237,13 @@ class Method:
     def begin_run(self, run: SamplingRun) -> None:
         """A sampling run begins: whatever is kept from step to step is forgotten here."""
 
+    def end_run(self) -> None:
+        """The run is over or given up: large things that were kept from step to step are freed here."""
+
+    def stored_numbers(self, run: SamplingRun) -> int:
+        """Numbers that are kept from step to step for one sample, all evaluated guidance halves, at the most."""
+        return 0
+
     def begin_step(self, ctx: StepContext) -> StepAction | None:
         """Called before the first block of every forward, unless a method further out reuses the last output.
 

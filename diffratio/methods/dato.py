@@ -21,6 +21,7 @@ from diffratio.methods.dato_ladders import cache_ladders, ladders
 from diffratio.methods.intervals import inner_blocks
 from diffratio.methods.merging import RunState, dearest_on_ladders, same_samples
 from diffratio.methods.predictions import token_distance
+from diffratio.methods.results import numbers_of_sites, of_halves
 from diffratio.methods.step_schedule import COMPUTE, EXTRAPOLATE, REUSE
 from diffratio.tokens.matching import seeded_normal, seeded_uniform
 from diffratio.tokens.plan import AttentionPlan, KeepPlan, Plan
@@ -115,6 +116,16 @@ class DaToMethod(Method):
         self.present, self.count = action is None, self.removed(ctx.step, ctx.run)
         return action
 
+    def end_run(self) -> None:
+        """Frees the results."""
+        self.carried, self.pruned = RunState(self.name), None
+
+    def stored_numbers(self, run: SamplingRun) -> int:
+        """With fill `cached` one result of every pruned site; the last two predictions are small beside it."""
+        if self.config.fill != "cached" or not any(self.config.removed(run.grid, run.steps)):
+            return 0
+        return run.halves * numbers_of_sites(self.description, self.layers, self.wanted, run.grid.tokens)
+
     def end_step(self, output: Tensor, ctx: StepContext) -> None:
         """Keeps the prediction of a computed step."""
         if not self.present:
@@ -168,7 +179,7 @@ class DaToMethod(Method):
                 f"dato: {place[1]} of block {place[0]} was not computed in this run before step {ctx.step}, so nothing "
                 "is stored to fill pruned tokens with; take fill=copy"
             )
-        stored = same_samples(self.name, _of_halves(*known, ctx.halves), len(x))
+        stored = same_samples(self.name, of_halves(*known, ctx.halves), len(x))
         return StoredPlan(self.pruned.index, stored=stored, keep=keep)
 
     def _made(self, x: Tensor, ctx: StepContext) -> KeepPlan:
@@ -262,12 +273,3 @@ def _check_single_sites(description: Description, layers: Sequence[int]) -> None
                 f"dato: fill=cached keeps one result a site, and blocks of this {description.family} have a second "
                 "attention; take fill=copy"
             )
-
-
-def _of_halves(had: Halves, stored: Tensor, wanted: Halves) -> Tensor:
-    """Stored results for the halves of this forward; a missing unconditional half takes the conditional one's."""
-    if wanted == "cond" and had in ("cond_first", "uncond_first"):
-        return stored.chunk(2)[0 if had == "cond_first" else 1]
-    if had == "cond" and wanted in ("cond_first", "uncond_first"):
-        return torch.cat([stored, stored])
-    return stored

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ from diffratio.tokens.plan import MergePlan, Plan
 
 VARIANTS = ("paper", "release")
 STRUCTURE_SITES = ("self_attention", "feed_forward")
+PUBLISHED_SITES = ("feed_forward",)  # of detail steps
+Place = tuple[int, str, int]  # block, site, and which of the block's modules at this site
 _SHAPE = 2 / 3  # published deviation over published ratio
 
 
@@ -48,8 +51,8 @@ _SHAPE = 2 / 3  # published deviation over published ratio
 class SDTM(MethodConfig):
     """Early steps collapse whole windows on attention and MLP, later ones merge single tokens on the MLP alone.
 
-    The paper's prompt reweighting is not here: it acts on text keys, of which a class-conditional model has none, and
-    its formula is not public. The release's cached outputs are not here either: they make it a cache.
+    The release's cached outputs are `sdtm_cached`: they make it a cache. The paper names a prompt reweighting of
+    strength 2 without its formula; `prompt_weight` is our reading of it, and off.
 
     Args:
         ratio: mean of the removed fraction's range; higher removes more. Published: 0.3.
@@ -72,7 +75,12 @@ class SDTM(MethodConfig):
         detail_sites: where detail steps merge. Published: feed_forward alone.
         mix: steps take turns between the two whole numbers next to what the schedule asks for, so that budgets are met
             finely; otherwise all are rounded down.
+        prompt_weight: factor a on the attention that text keys get beside the fewer image keys of merging structure
+            steps, as a bias log a on their logits; higher reads more of the prompt, 1 changes nothing. For joint
+            attention (sd3, flux): in cross-attention every key is text, and an equal factor on all keys cancels.
     """
+
+    called: ClassVar[str] = "sdtm"
 
     ratio: float = 0.3
     deviation: float = 0.2
@@ -86,36 +94,43 @@ class SDTM(MethodConfig):
     layers: tuple[int, ...] | None = None
     plan_blocks: int | None = None
     plan_every: int = 1
-    detail_sites: tuple[str, ...] = ("feed_forward",)
+    detail_sites: tuple[str, ...] = PUBLISHED_SITES
     mix: bool = False
+    prompt_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count("sdtm", "window", self.window, 2, "side of a window")
+        name = self.called
+        check_count(name, "window", self.window, 2, "side of a window")
         highest = 1 - 1 / self.window**2
         kept = f"each {self.window}x{self.window} window keeps one token"
-        check_number("sdtm", "ratio", self.ratio, 0, highest, kept)
-        check_number("sdtm", "deviation", self.deviation, 0, self.ratio, "it is at most the ratio")
+        check_number(name, "ratio", self.ratio, 0, highest, kept)
+        check_number(name, "deviation", self.deviation, 0, self.ratio, "it is at most the ratio")
         if self.ratio + self.deviation > highest + 1e-9:
             raise DiffratioError(
-                f"sdtm: ratio {self.ratio!r} + deviation {self.deviation!r} exceeds {highest:g}: {kept}; lower one"
+                f"{name}: ratio {self.ratio!r} + deviation {self.deviation!r} exceeds {highest:g}: {kept}; lower one"
             )
-        check_number("sdtm", "switch", self.switch, 0, 1, "it is a fraction of the steps")
+        check_number(name, "switch", self.switch, 0, 1, "it is a fraction of the steps")
         if self.variant not in VARIANTS:
-            raise unknown("sdtm variant", self.variant, VARIANTS)
-        for name in ("structure_weight", "detail_weight"):
-            check_number("sdtm", name, getattr(self, name), -1e3, 1e3, "it weighs a frequency whose mean is 1")
-        check_count("sdtm", "levels", self.levels, 1, "removed fractions that occur")
-        check_count("sdtm", "plan_every", self.plan_every, 1, "steps that share a plan")
+            raise unknown(f"{name} variant", self.variant, VARIANTS)
+        for weight in ("structure_weight", "detail_weight"):
+            check_number(name, weight, getattr(self, weight), -1e3, 1e3, "it weighs a frequency whose mean is 1")
+        check_number(name, "prompt_weight", self.prompt_weight, 1e-3, 1e3, "it multiplies attention; 1 changes nothing")
+        check_count(name, "levels", self.levels, 1, "removed fractions that occur")
+        check_count(name, "plan_every", self.plan_every, 1, "steps that share a plan")
         if self.plan_blocks is not None:
-            check_count("sdtm", "plan_blocks", self.plan_blocks, 1, "blocks that share a plan; null for all")
+            check_count(name, "plan_blocks", self.plan_blocks, 1, "blocks that share a plan; null for all")
         sites = self.detail_sites
         if not isinstance(sites, tuple) or not sites or not set(sites) <= set(STRUCTURE_SITES):
-            raise unknown("sdtm detail_sites", sites, STRUCTURE_SITES)
+            raise unknown(f"{name} detail_sites", sites, STRUCTURE_SITES)
 
     @property
     def as_published(self) -> bool:
         """Whether detail steps leave attention alone."""
-        return self.detail_sites == ("feed_forward",)
+        return self.detail_sites == PUBLISHED_SITES
+
+    def refreshes(self, step: int) -> bool:
+        """Whether a step merges nothing, whatever the schedule says."""
+        return False
 
     def structure(self, step: int, steps: int) -> bool:
         """Whether step i of S is a structure step."""
@@ -143,8 +158,9 @@ class SDTMMethod(Method):
     Guidance halves in one batch share a plan, from the mean of their unit vectors.
     """
 
-    name = "sdtm"
-    config_class = SDTM
+    name = SDTM.called
+    config_class: ClassVar[type[SDTM]] = SDTM
+    hint: ClassVar[str] = "merging cannot touch what is computed per sample"
     stateful = True
 
     def __init__(self, config: SDTM, description: Description) -> None:
@@ -157,6 +173,10 @@ class SDTMMethod(Method):
         self.carried: RunState[tuple[dict[int, MergePlan], Tensor]] = RunState(self.name)
         self.ages: Tensor | None = None  # plans since each token was computed on its own, (samples, N)
         self.draws: Tensor | None = None
+        self.turns: dict[str, int] = {}  # modules of each site that this block has run so far: SD3.5 has two attentions
+        self.indexes_attention = config.prompt_weight != 1
+        if self.indexes_attention:
+            _check_text_keys(self.name, config.prompt_weight, description)
 
     def sites(self) -> tuple[str, ...]:
         """Attention and MLP, as far as the model has them."""
@@ -169,11 +189,21 @@ class SDTMMethod(Method):
 
     def renews(self, grid: TokenGrid, step: int, steps: int) -> bool:
         """Whether a step plans anew: by the clock, or because the phase or the count has changed."""
-        if step == 0 or self.sharing.renews(step):
+        if step == 0 or self.sharing.renews(self.clock(step)):
             return True
         counts = _counts(self.config, grid, steps)
         phases = [self.config.structure(i, steps) for i in (step, step - 1)]
         return counts[step] != counts[step - 1] or phases[0] != phases[1]
+
+    def clock(self, step: int) -> int:
+        """Steps since plans began to be shared."""
+        return step
+
+    def merging_sites(self, step: int, run: SamplingRun) -> tuple[str, ...]:
+        """Where a step merges, by its phase."""
+        if not self.removed(run.grid, step, run.steps):
+            return ()
+        return STRUCTURE_SITES if self.config.structure(step, run.steps) else self.config.detail_sites
 
     def begin_step(self, ctx: StepContext) -> None:
         """Finds the phase; takes over plans and ages from the previous step."""
@@ -184,9 +214,8 @@ class SDTMMethod(Method):
             plans, self.ages = self.carried.value
             if not self.renews(ctx.grid, ctx.step, ctx.run.steps):
                 self.plans = dict(plans)
-        if self.removed(ctx.grid, ctx.step, ctx.run.steps):
-            structure = self.config.structure(ctx.step, ctx.run.steps)
-            self.merging = STRUCTURE_SITES if structure else self.config.detail_sites
+        self.merging = self.merging_sites(ctx.step, ctx.run)
+        if self.merging:
             self.draws = seeded_uniform((ctx.grid.tokens,), ctx.seed, ctx.step) if self.config.random else None
 
     def end_step(self, output: Tensor, ctx: StepContext) -> None:
@@ -204,8 +233,23 @@ class SDTMMethod(Method):
                 self.plans[group] = self._made(x, ctx).prepared().repeated(2 if ctx.paired else 1)
             self.present = self.plans[group]
             same_samples(self.name, self.present.slots, len(x))
+            self.turns = {}
             return None
-        return self.present if site in self.merging else None
+        if site not in self.merging:
+            return None
+        assert self.present is not None
+        turn = self.turns[site] = self.turns.get(site, -1) + 1
+        return self._at((layer, site, turn), self.present, ctx)
+
+    def _at(self, place: Place, plan: MergePlan, ctx: StepContext) -> MergePlan:
+        """The step's plan as one module gets it."""
+        assert ctx.run is not None and ctx.step is not None
+        _, site, turn = place
+        weighs = self.config.prompt_weight != 1 and self.config.structure(ctx.step, ctx.run.steps)
+        if not weighs or site != "self_attention" or turn:  # a second attention has no text keys
+            return plan
+        # softmax sees differences alone: log a more on every text key is log a less on every image key
+        return replace(plan, key_bias=-math.log(self.config.prompt_weight))
 
     def _made(self, x: Tensor, ctx: StepContext) -> MergePlan:
         assert ctx.run is not None and ctx.step is not None
@@ -272,7 +316,7 @@ class SDTMMethod(Method):
         if removed == 0 or layer not in self.layers:
             return BlockUse()
         structure, tokens = self.config.structure(step, run.steps), run.grid.tokens
-        merging = STRUCTURE_SITES if structure else self.config.detail_sites
+        merging = self.merging_sites(step, run)
         here = [site.name for site in self.description.blocks[layer].sites if site.name in merging]
         planning = 0
         if not structure and self.sharing.leads(layer) and self.renews(run.grid, step, run.steps):
@@ -289,12 +333,28 @@ class SDTMMethod(Method):
         """
         budget = check_budget(budget)
         if budget == 1:
-            return SDTM(ratio=0.0, deviation=0.0)
+            return cls.config_class(ratio=0.0, deviation=0.0)
         check_cells(cls.name, run.grid, SDTM.window)
-        hint = "merging cannot touch what is computed per sample"
-        config = dearest_on_ladders(cls, _ladders(description, run), description, run, budget, hint)
+        config = dearest_on_ladders(cls, cls.ladders(description, run), description, run, budget, cls.hint)
         assert isinstance(config, SDTM)
         return config
+
+    @classmethod
+    def ladders(cls, description: Description, run: SamplingRun) -> Iterator[Sequence[SDTM]]:
+        """Settings for budgets, in order of preference; each falls in cost."""
+        for sites in (PUBLISHED_SITES, STRUCTURE_SITES):
+            yield from by_layers(SDTM, description, run, sites)
+
+
+def _check_text_keys(method: str, weight: float, description: Description) -> None:
+    """Raises DiffratioError unless text and image tokens are keys of one attention."""
+    keys = {site.keys for block in description.blocks for site in block.sites}
+    if "joint" not in keys:
+        found = "text keys alone in its cross-attention, where an equal weight cancels" if "text" in keys else "none"
+        raise DiffratioError(
+            f"{method}: prompt_weight {weight!r} weighs text keys beside image keys (sd3, flux), and "
+            f"{description.family} has {found}; leave it at 1"
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -302,9 +362,12 @@ def _counts(config: SDTM, grid: TokenGrid, steps: int) -> tuple[int, ...]:
     """Tokens removed in each step; what a phase has asked for so far is rounded, so that mixed steps make up for it."""
     if config.ratio == 0:
         return (0,) * steps
-    cells, counts = check_cells("sdtm", grid, config.window), []
+    cells, counts = check_cells(config.called, grid, config.window), []
     asked = {True: 0.0, False: 0.0}
     for step in range(steps):
+        if config.refreshes(step):
+            counts.append(0)
+            continue
         structure = config.structure(step, steps)
         unit = config.window**2 - 1 if structure else 1
         amount = config.fraction(step, steps) * grid.tokens / unit
@@ -315,18 +378,29 @@ def _counts(config: SDTM, grid: TokenGrid, steps: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _ladders(description: Description, run: SamplingRun) -> Iterator[Sequence[SDTM]]:
+def by_layers(
+    make: Callable[..., SDTM], description: Description, run: SamplingRun, sites: tuple[str, ...], fewer: bool = True
+) -> Iterator[Sequence[SDTM]]:
+    """Ladders of the ratio: all blocks merge, then fewer of them, the middle ones first, which merge more for the same.
+
+    Args:
+        make: the config class, further settings bound.
+        description: the transformer.
+        run: the run.
+        sites: where detail steps merge.
+        fewer: whether there are ladders with fewer blocks.
+    """
     highest, inner = 1 - 1 / SDTM.window**2, from_middle(description.layers)
     rungs = run.grid.tokens * run.steps
 
-    def ladder(sites: tuple[str, ...], layers: tuple[int, ...] | None = None) -> Ladder[SDTM]:
+    def ladder(layers: tuple[int, ...] | None) -> Ladder[SDTM]:
         def config(at: int) -> SDTM:
             ratio = highest * (at + 1) / rungs
-            return SDTM(ratio, min(_SHAPE * ratio, highest - ratio), layers=layers, detail_sites=sites, mix=True)
+            deviation = min(_SHAPE * ratio, highest - ratio)
+            return make(ratio, deviation, layers=layers, detail_sites=sites, mix=True)
 
         return Ladder(rungs, config)
 
-    for sites in (("feed_forward",), STRUCTURE_SITES):
-        yield ladder(sites)
-        for count in range(description.layers - 1, 0, -1):
-            yield ladder(sites, tuple(sorted(inner[:count])))
+    yield ladder(None)
+    for count in range(description.layers - 1, 0, -1) if fewer else ():
+        yield ladder(tuple(sorted(inner[:count])))

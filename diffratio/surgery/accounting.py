@@ -121,6 +121,11 @@ def summary(transformer: nn.Module, steps: int = 20, guidance: bool = True, run:
     if reused or skipping:
         full = run.steps - reused - skipping
         lines.append(f"steps: {full} full, {skipping} with skipped blocks, {reused} that reuse the last output")
+    stored = sum(method.stored_numbers(run) for method in state.methods)
+    if stored:
+        dtype = next(transformer.parameters()).dtype
+        size = stored * dtype.itemsize / 2**20
+        lines.append(f"stored from step to step: {size:.3g} MiB a sample in {str(dtype).removeprefix('torch.')}")
     for layer, block in enumerate(state.token_method.description.blocks):
         evaluated = [step for step in range(run.steps) if not isinstance(actions[step], Reuse)]
         uses = [combined_use(state.methods, layer, step, run, actions[step]) for step in evaluated]

@@ -176,13 +176,15 @@ class SiteMixin(Converted):
         plan = self._diffratio.token_method.plan(self._diffratio_layer, self._diffratio_site, image, context)
         if plan is None:
             return inner(x, *args, **kwargs)
+        given: dict[str, Any] = plan.arguments()
+        if text and given:
+            given["text_tokens"] = text
         if isinstance(plan, AttentionPlan):  # the attention processor gathers: queries and keys differ
-            given: dict[str, Any] = {**plan.arguments(), **({"text_tokens": text} if text else {})}
             output = inner(x, *args, **kwargs, **given)
         else:
             if positions is not None and kwargs.get(positions) is not None:
                 kwargs[positions] = take_positions(kwargs[positions], plan, image.shape[1])
-            output = inner(_behind(x[:, :text], plan.reduce(image)), *args, **kwargs)
+            output = inner(_behind(x[:, :text], plan.reduce(image)), *args, **kwargs, **given)
         first, *rest = output if isinstance(output, tuple) else (output,)
         restored = _behind(first[:, :text], plan.restore(first[:, text:] if text else first, image))
         return (restored, *rest) if rest else restored

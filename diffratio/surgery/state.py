@@ -94,6 +94,8 @@ class Attachment:
         """Forwards stand on their own again."""
         self.run, self.step, self.context, self.action = None, 0, None, None
         self.memory = StepMemory()
+        for method in self.methods:
+            method.end_run()
 
     def begin(self, transformer: nn.Module, arguments: dict[str, Any]) -> StepContext:
         """Opens one forward: where it stands, and what the methods make of the step."""

@@ -29,6 +29,10 @@ class Plan(Protocol):
         """Slices another per-token argument (B or 1, N, ...) to the computed tokens."""
         ...
 
+    def arguments(self) -> dict[str, Tensor]:
+        """What the family's own attention processor is given at an attention site; empty where nothing is."""
+        ...
+
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of x (B, N, ...) at index (B, K), or (1, K) for one index shared by the batch -> (B, K, ...)."""
@@ -85,6 +89,10 @@ class KeepPlan:
         """Slices a per-token argument by the same index."""
         return gather_tokens(argument, self.index)
 
+    def arguments(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
     def restore(self, y: Tensor, x: Tensor) -> Tensor:
         """One gather (fill), or one copy of rows onto the untouched input (bypass). The result has the dtype of `y`."""
         if self.fill is not None:
@@ -105,12 +113,14 @@ class MergePlan:
         slots: group of each token, (B or 1, N), values in 0..K-1.
         order: tokens sorted by group, (B or 1, N); None is found when it is needed (see `prepared`).
         lengths: members of each group, (B or 1, K); goes with `order`.
+        key_bias: at an attention site, added to the logits of every group as a key; 0 adds nothing.
     """
 
     index: Tensor
     slots: Tensor
     order: Tensor | None = None
     lengths: Tensor | None = None
+    key_bias: float = 0.0
 
     @property
     def kept(self) -> int:
@@ -160,9 +170,39 @@ class MergePlan:
         """The representative's entry of a per-token argument."""
         return gather_tokens(argument, self.index)
 
+    def arguments(self) -> dict[str, Tensor]:
+        """The bias by key, (1, K) in float32."""
+        if self.key_bias == 0:
+            return {}
+        return {"key_bias": torch.full((1, self.kept), self.key_bias, device=self.index.device)}
+
     def restore(self, y: Tensor, x: Tensor) -> Tensor:
         """One gather: every member copies its group's result."""
         return gather_tokens(y, self.slots.expand(y.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class BlendPlan(MergePlan):
+    """A merge whose vanished tokens take their group's result mixed with a stored one of their own.
+
+    The representatives count as computed on their own: they take the group's result as it is.
+
+    Args:
+        stored: result of an earlier step at full length (B, N, C).
+        blend: weight of the stored result in [0, 1]; 0 is the plain merge.
+    """
+
+    stored: Tensor | None = None
+    blend: float = 0.0
+
+    def restore(self, y: Tensor, x: Tensor) -> Tensor:
+        """(1 - blend) of the group's result and blend of the stored one, at the tokens that vanished."""
+        fresh = super().restore(y, x)
+        if self.stored is None:
+            return fresh
+        vanished = torch.ones_like(self.slots, dtype=torch.bool).scatter(1, self.index, False)  # (B or 1, N)
+        mixed = torch.lerp(fresh, self.stored.to(fresh.dtype), self.blend)
+        return torch.where(vanished[..., None], mixed, fresh)
 
 
 @dataclass(frozen=True)

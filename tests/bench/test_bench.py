@@ -17,7 +17,7 @@ from diffratio.cli import main
 from diffratio.methods.base import get_method
 from diffratio.methods.diffcr import ESTIMATORS
 
-PLANNING = ("tome", "tofu", "todo", "sdtm", "importance", "lite_uncond", "dato")
+PLANNING = ("tome", "tofu", "todo", "sdtm", "sdtm_cached", "importance", "lite_uncond", "dato")
 FEW = ["debug=cpu", "repeats=1", "warmup=0", "threads=1", "--json"]
 
 

@@ -168,6 +168,13 @@ ROWS = [
     _sdtm("sdtm"),
     _sdtm("sdtm release, every block", variant="release", plan_blocks=1, random=False),
     _sdtm("sdtm detail soon, shared steps", switch=0.0, plan_every=3, detail_sites=BOTH),
+    Row(
+        "sdtm_cached",
+        "sdtm_cached",
+        diffratio.SDTMCached,
+        lambda: diffratio.SDTMCached(refresh=1),
+        whole_run=True,  # the first step is dense
+    ),
     _importance("importance"),
     _importance("importance sd", variant="sd", drop_steps=0),
     _importance("importance sd, one plan a step", variant="sd", plan_blocks=None, sites=BOTH),
@@ -260,7 +267,7 @@ def run_of(backbone: str) -> SamplingRun:
     return RUN if get_backbone(backbone).condition == "class" else replace(RUN, text_tokens=TEXT)
 
 
-PAIRED = ("sdtm", "importance", "dato")  # these plan for both guidance halves at once
+PAIRED = ("sdtm", "sdtm_cached", "importance", "dato")  # these plan for both guidance halves at once
 
 
 def pairs_halves(transformer: nn.Module) -> bool:

@@ -168,7 +168,7 @@ def test_a_budget_of_one_is_dense(medium: torch.nn.Module, name: str) -> None:
     assert _fraction(medium, diffratio.for_budget(name, medium, 1.0, run=run), run) == 1.0
 
 
-SOLVED = ("mod", "hand", "tome", "tofu", "sdtm", "importance", "random_keep", "block_drop", "dato")
+SOLVED = ("mod", "hand", "tome", "tofu", "sdtm", "sdtm_cached", "importance", "random_keep", "block_drop", "dato")
 
 
 @pytest.mark.parametrize("name", SOLVED)

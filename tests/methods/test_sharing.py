@@ -27,6 +27,7 @@ CONFIGS: dict[str, Any] = {
     "sdtm": diffratio.SDTM(),
     "sdtm release": diffratio.SDTM(variant="release", plan_blocks=1),
     "sdtm shared, mixed": diffratio.SDTM(0.4, 0.1, plan_every=2, mix=True, detail_sites=BOTH),
+    "sdtm cached": diffratio.SDTMCached(),
     "importance": diffratio.Importance(blocks=1.0),
     "importance sd": diffratio.Importance("sd", sites=BOTH),
     "importance sd, one plan": diffratio.Importance("sd", plan_blocks=None, mix=True, ratio=0.41),
