@@ -16,6 +16,7 @@ _LAZY = {
     "DaTo": "diffratio.methods.dato",
     "Dense": "diffratio.methods.dense",
     "DiffCR": "diffratio.methods.diffcr",
+    "ExternalCache": "diffratio.methods.external_cache",
     "FewerSteps": "diffratio.methods.fewer_steps",
     "GuidanceInterval": "diffratio.methods.guidance_interval",
     "Hand": "diffratio.methods.hand",
@@ -45,6 +46,7 @@ _LAZY = {
     "merge_lora_": "diffratio.surgery",
     "macs": "diffratio.surgery",
     "for_budget": "diffratio.surgery",
+    "find_step_schedule": "diffratio.surgery",
     "calibrate": "diffratio.sensitivity",
     "load_cost_table": "diffratio.cost.table",
     "load_step_schedule": "diffratio.methods.step_schedule",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from diffratio.methods.dato import DaTo as DaTo
     from diffratio.methods.dense import Dense as Dense
     from diffratio.methods.diffcr import DiffCR as DiffCR
+    from diffratio.methods.external_cache import ExternalCache as ExternalCache
     from diffratio.methods.fewer_steps import FewerSteps as FewerSteps
     from diffratio.methods.guidance_interval import GuidanceInterval as GuidanceInterval
     from diffratio.methods.hand import Hand as Hand
@@ -92,6 +95,7 @@ if TYPE_CHECKING:
     from diffratio.surgery import attach_ as attach_
     from diffratio.surgery import compile_ as compile_
     from diffratio.surgery import detach_ as detach_
+    from diffratio.surgery import find_step_schedule as find_step_schedule
     from diffratio.surgery import for_budget as for_budget
     from diffratio.surgery import macs as macs
     from diffratio.surgery import merge_lora_ as merge_lora_

@@ -12,6 +12,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "dato": ("diffratio.methods.dato", "prunes beside the most dynamic tokens, caches steps; training-free (DaTo)"),
     "dense": ("diffratio.methods.dense", "every token in every block: the control that does nothing"),
     "diffcr": ("diffratio.methods.diffcr", "learned routers and differentiable keep ratios, layer x region"),
+    "external_cache": ("diffratio.methods.external_cache", "a cache of diffusers or cache-dit, by its own library"),
     "fewer_steps": ("diffratio.methods.fewer_steps", "the dense model at the step count that costs the budget"),
     "guidance_interval": ("diffratio.methods.guidance_interval", "no unconditional half at some steps"),
     "hand": ("diffratio.methods.hand", "routed; fewer tokens in middle blocks at noisy levels, by rule"),

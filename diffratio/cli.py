@@ -196,6 +196,17 @@ def bench(args: argparse.Namespace) -> Answer:
     return Answer(found.document, found.text)
 
 
+def search(args: argparse.Namespace) -> Answer:
+    """Searches step schedules for a dense model, error against MACs; a rerun does what is missing."""
+    from diffratio.training.run import compose, plain_config
+
+    cfg = plain_config(compose("search", args.overrides))
+
+    from diffratio.search import search
+
+    return Answer(*search(cfg))
+
+
 def export(args: argparse.Namespace) -> Answer:
     """Writes a training run as a checkpoint folder."""
     from diffratio.training.run import export_run
@@ -285,6 +296,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb(bench)
     one.add_argument("kind", metavar="routing|training|methods|sampling|table")
     overrides(one)
+    overrides(verb(search))
     one = verb(export)
     one.add_argument("run", metavar="RUN", help="run folder")
     one.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")

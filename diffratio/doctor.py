@@ -38,6 +38,7 @@ EXTRAS = {
     "lpips": {"lpips": "lpips of a comparison"},
     "lora": {"peft": "LoRA fine-tuning (lora=default) and adapter checkpoints"},
     "report": {"matplotlib": "plots of a comparison", "jinja2": "the HTML report"},
+    "search": {"pymoo": "diffratio search"},
     "peers": {
         "tomesd": "token merging of others, beside ours in `diffratio bench methods`",
         "cache-dit": "caching of others, beside ours in `diffratio bench methods`",

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": _SURGERY,
     "checkpoint": _SURGERY | {"sampling"},
     "sensitivity": _SENSITIVITY,
-    "search": _SAMPLING,
+    "search": _SENSITIVITY | {"sensitivity", "evaluation"},  # for its features and plots
     "evaluation": _SENSITIVITY | {"sensitivity"},  # the paired validation loss is the objective's own
     "data": _SAMPLING | {"objectives", "training"},
     "training": _SAMPLING | {"objectives", "data", "sensitivity"},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffratio import surgery
-from diffratio.bench.models import compile_blocks_, counted_macs, shared_copy, wide_dit
+from diffratio.bench.models import compile_blocks_, shared_copy, wide_dit
 from diffratio.bench.peers import Fitted, fit
 from diffratio.bench.planning import plans
 from diffratio.bench.sampling import sampling_call, sampling_run
@@ -102,10 +102,9 @@ class _Bench:
         try:
             config = surgery.for_budget(name, self.transformer, self.own.budget, run=self.run)
             pipe, run = self._applied(config)
+            if surgery.is_measured(pipe.transformer):  # its cost depends on the input
+                self.call(pipe, run.steps)()
             fraction = surgery.macs(pipe.transformer, run=self.run).fraction
-            if not getattr(config.method, "static", True):  # its cost depends on the input
-                description = surgery.describe(self.transformer)
-                fraction = counted_macs(pipe.transformer, description, self.run, self.batch, self.call(pipe, run.steps))
             self.ready(pipe.transformer)
         except BudgetUnreachable as error:
             return Variant(None, facts=facts, status="unreachable", note=str(error))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +14,7 @@ from diffratio import surgery
 from diffratio.backbones import backbone_of, get_backbone
 from diffratio.cost.macs import Description
 from diffratio.cost.run import SamplingRun
+from diffratio.surgery import shared_copy as shared_copy
 
 
 def wide_dit(width: int, depth: int, tokens: int, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -45,12 +44,6 @@ def wide_dit(width: int, depth: int, tokens: int, device: str, dtype: torch.dtyp
     )
     transformer = transformer.to(device).eval()
     return transformer if dtype == torch.float32 else transformer.to(dtype)
-
-
-def shared_copy(transformer: Any) -> Any:
-    """A copy whose modules are its own and whose weights are the original's: variants differ in code alone."""
-    tensors = itertools.chain(transformer.parameters(), transformer.buffers())
-    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
 
 
 def compile_blocks_(transformer: Any, backend: str = "inductor") -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +16,7 @@ from diffratio.bench.table import first_line
 from diffratio.cost.macs import Description
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, unknown
+from diffratio.methods.external_caches import CACHES, OUTSIDE, TIMESTEPS, Target, enable_
 
 NOT_ATTACHED = "does not attach"
 Around = Callable[[], AbstractContextManager[Any]]
@@ -170,65 +169,48 @@ def _tomesd(transformer: Any, run: SamplingRun, config: Any) -> Around:
     return contextlib.nullcontext
 
 
-def _cache_dit(transformer: Any, run: SamplingRun, threshold: float) -> Around:
-    import cache_dit
-    from cache_dit.caching.patch_functors import DiTPatchFunctor
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.upper().replace("-", "_").startswith("CACHE_DIT"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    settings = cache_dit.DBCacheConfig(
-        num_inference_steps=run.steps,
-        max_warmup_steps=1,
-        residual_diff_threshold=threshold,
-        Fn_compute_blocks=1,
-        Bn_compute_blocks=0,
-    )
-    adapter = cache_dit.BlockAdapter(
-        transformer=transformer,
-        blocks=transformer.transformer_blocks,
-        forward_pattern=cache_dit.ForwardPattern.Pattern_3,
-        patch_functor=DiTPatchFunctor(),
-        has_separate_cfg=False,
-    )
-    cache_dit.enable_cache(adapter, cache_config=settings)
-
-    @contextlib.contextmanager
-    def around() -> Any:
-        cache_dit.refresh_context(transformer, num_inference_steps=run.steps)
-        yield
-
-    return around
-
-
-def _hooked(apply: str, config: Callable[[Any, SamplingRun, Any, Any], Any]) -> Callable[..., Around]:
-    """A cache of diffusers by its own `apply_...`: DiT lacks `enable_cache`, but its blocks take the hooks.
+def _cached(name: str, **options: Any) -> Callable[..., Around]:
+    """A cache by the code that attaches it for `external_cache`, in a plain transformer: none of ours is around it.
 
     Args:
-        apply: name of the function in `diffusers.hooks`.
-        config: (diffusers.hooks, run, knob, transformer) -> the cache's config.
+        name: of the cache.
+        **options: of it; a function of the run gives what depends on it.
     """
 
     def attach(transformer: Any, run: SamplingRun, knob: Any) -> Around:
-        hooks = importlib.import_module("diffusers.hooks")
-        from diffusers.models.cache_utils import CacheMixin
-
-        getattr(hooks, apply)(transformer, config(hooks, run, knob, transformer))
+        backbone = backbone_of(transformer)
+        blocks = list(backbone.blocks(transformer))
+        sites = [site for site in CACHES[name].sites if site in backbone.sites]
+        modules = {
+            site: [(layer, one) for layer, block in enumerate(blocks) for one in backbone.site_modules(block, site)]
+            for site in sites
+        }
+        present = [OUTSIDE]
+        target = Target(transformer, blocks, modules, run.steps, lambda: present[0])
+        given = {key: value(run) if callable(value) else value for key, value in options.items()}
+        enabled = enable_(name, target, knob, given)
 
         @contextlib.contextmanager
         def around() -> Any:
             """As diffusers' pipelines do: state reset before a run, a context for every step."""
-            hooks.HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks(recurse=True)
+            from diffusers.models.cache_utils import CacheMixin
+
+            enabled.reset()
+            if name == "cache_dit":
+                import cache_dit
+
+                cache_dit.refresh_context(transformer, num_inference_steps=run.steps)
             steps = enumerate(run.noise_levels)
-            with contextlib.ExitStack() as present:
+            with contextlib.ExitStack() as opened:
 
                 def begin(*_: Any) -> None:
                     index, level = next(steps)
-                    present.close()
+                    present[0] = level * TIMESTEPS if index else OUTSIDE
+                    opened.close()
                     context = CacheMixin.cache_context(
                         transformer, "run", step_index=index, sigma=level, num_inference_steps=run.steps
                     )
-                    present.enter_context(context)
+                    opened.enter_context(context)
 
                 handle = transformer.register_forward_pre_hook(begin)
                 try:
@@ -241,16 +223,13 @@ def _hooked(apply: str, config: Callable[[Any, SamplingRun, Any, Any], Any]) -> 
     return attach
 
 
-def _attention_skips(apply: str, config: str) -> Callable[..., Around]:
-    """A cache that leaves self-attention out for the knob's number of steps, in all of the run."""
-    return _hooked(
-        apply,
-        lambda hooks, run, knob, _: getattr(hooks, config)(
-            spatial_attention_block_skip_range=knob,
-            spatial_attention_timestep_skip_range=(0, 1000),
-            current_timestep_callback=lambda: 500,
-        ),
-    )
+def _sea_cache(transformer: Any, run: SamplingRun, knob: Any) -> Around:
+    """diffusers' SeaCache reads videos: what it says to a DiT is in its note."""
+    from diffusers.hooks import SeaCacheConfig, apply_sea_cache
+    from diffusers.models.cache_utils import CacheMixin
+
+    apply_sea_cache(transformer, SeaCacheConfig())
+    return lambda: CacheMixin.cache_context(transformer, "run")
 
 
 THRESHOLDS = (*(0.002 * 1.4**i for i in range(24)), 1e6)
@@ -258,47 +237,18 @@ SKIPS = (2, 3, 4, 5, 8)
 
 PEERS: dict[str, Peer] = {
     "tomesd": Peer("tomesd", _tomesd, (), planning=_tome_planning),
-    "cache_dit": Peer("cache_dit", _cache_dit, THRESHOLDS),
-    "first_block_cache": Peer(
-        "diffusers",
-        _hooked("apply_first_block_cache", lambda hooks, run, knob, _: hooks.FirstBlockCacheConfig(threshold=knob)),
-        THRESHOLDS,
-    ),
+    "cache_dit": Peer("cache_dit", _cached("cache_dit"), THRESHOLDS),
+    "first_block_cache": Peer("diffusers", _cached("first_block_cache"), THRESHOLDS),
     # ratios of one stand for a calibration: its skips are then set by their number alone, which is all that time sees
     "mag_cache": Peer(
         "diffusers",
-        _hooked(
-            "apply_mag_cache",
-            lambda hooks, run, knob, _: hooks.MagCacheConfig(
-                num_inference_steps=run.steps, mag_ratios=[1.0] * run.steps, max_skip_steps=knob
-            ),
-        ),
+        lambda transformer, run, knob: _cached(
+            "mag_cache", mag_ratios=lambda run: (1.0,) * run.steps, max_skip_steps=knob
+        )(transformer, run, 1.0),
         (1, 2, 3, 4, 6),
     ),
-    "pyramid_attention_broadcast": Peer(
-        "diffusers",
-        _attention_skips("apply_pyramid_attention_broadcast", "PyramidAttentionBroadcastConfig"),
-        SKIPS,
-    ),
-    "faster_cache": Peer(
-        "diffusers",
-        _attention_skips("apply_faster_cache", "FasterCacheConfig"),
-        SKIPS,
-    ),
-    "taylorseer_cache": Peer(
-        "diffusers",
-        _hooked(
-            "apply_taylorseer_cache",
-            lambda hooks, run, knob, transformer: hooks.TaylorSeerCacheConfig(
-                cache_interval=knob,
-                disable_cache_before_step=1,
-                cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|ff)"],  # by its own rule it finds nothing here
-                taylor_factors_dtype=transformer.dtype,
-            ),
-        ),
-        SKIPS,
-    ),
-    "sea_cache": Peer(
-        "diffusers", _hooked("apply_sea_cache", lambda hooks, run, knob, _: hooks.SeaCacheConfig()), (None,)
-    ),
+    "pyramid_attention_broadcast": Peer("diffusers", _cached("pyramid_attention_broadcast", window=(0.0, 1.0)), SKIPS),
+    "faster_cache": Peer("diffusers", _cached("faster_cache", window=(0.0, 1.0)), SKIPS),
+    "taylorseer_cache": Peer("diffusers", _cached("taylorseer_cache", full_steps=1), SKIPS),
+    "sea_cache": Peer("diffusers", _sea_cache, (None,)),
 }

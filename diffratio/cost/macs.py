@@ -136,12 +136,14 @@ class BlockUse:
         planning: MACs of planning in this block.
         bypassed: the block is not run.
         unconditional: how the unconditional guidance half uses the block, where it differs.
+        skipped: sites that are not run at all, text tokens included.
     """
 
     tokens: dict[str, tuple[int, int]] | None = None
     planning: int = 0
     bypassed: bool = False
     unconditional: BlockUse | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def run_cost(
@@ -169,8 +171,9 @@ def run_cost(
         if one.bypassed:
             return 0
         counts = one.tokens or {}
-        sites = (site.macs(*counts.get(site.name, (tokens, tokens)), text, linear_only) for site in block.sites)
-        return block.fixed + sum(sites)
+        sites = [site for site in block.sites if site.name not in one.skipped]
+        macs = (site.macs(*counts.get(site.name, (tokens, tokens)), text, linear_only) for site in sites)
+        return block.fixed + sum(macs)
 
     per_block, planning = [0] * description.layers, 0
     for layer, block in enumerate(description.blocks):

@@ -199,6 +199,11 @@ def _note(row: Row) -> str:
     if len(row.measured) > 1 or (row.measured and row.missing):
         asked = len(row.measured) + len(row.missing)
         notes.append(f"{len(row.measured)} seeds" if not row.missing else f"{len(row.measured)} of {asked} seeds")
+    if any(record.cost.get("measured") for record in row.measured):
+        rates = [record.cost.get("cache", {}).get("hit_rate") for record in row.measured]
+        known = [rate for rate in rates if rate is not None]
+        rate = f", hit rate {sum(known) / len(known):.2f}" if known else ""
+        notes.append(f"MACs measured on its samples{rate}")
     return ", ".join(notes)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from diffratio.catalog import METHODS as _METHODS
@@ -16,11 +16,11 @@ from diffratio.cost.macs import BlockUse, Cost, CostTable, Description, run_cost
 from diffratio.cost.run import SamplingRun, StepContext
 from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
 from diffratio.methods.actions import Reuse, Skip, StepAction
+from diffratio.methods.calls import BlockCall as BlockCall
 from diffratio.methods.step_schedule import StepSchedule, load_step_schedule
-from diffratio.methods.streams import Joint, Result, image_of, with_image
+from diffratio.methods.streams import Result
 from diffratio.routing.schedule import SLACK, KeepSchedule
 from diffratio.tokens.plan import Plan
-from diffratio.tokens.positions import of_samples, take_positions
 
 _REGISTERED: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -44,127 +44,17 @@ class MethodConfig:
         return True
 
 
-@dataclass
-class BlockCall:
-    """One block, ready to be run on some of its tokens or samples.
+@dataclass(frozen=True)
+class Measured:
+    """What a run with a method cost.
 
     Args:
-        inner: the block's own forward.
-        arguments: its arguments by name.
-        hidden: name of the image-token argument.
-        per_token: names of arguments with one entry an image token.
-        per_sample: names of arguments with one entry a sample.
-        attention: name of the argument, a dictionary, whose entries reach the family's own attention processor; None
-            where the processors are not ours.
-        streams: names of the arguments that the block returns, in its order: `hidden` alone, or beside the text.
-        positions: name of the argument with the positions of all text and after them all image tokens.
+        fraction: of the dense run's MACs.
+        method: as it stood in the transformer, with what it noted.
     """
 
-    inner: Callable[..., Any]
-    arguments: dict[str, Any]
-    hidden: str
-    per_token: tuple[str, ...]
-    per_sample: tuple[str, ...]
-    attention: str | None = None
-    streams: tuple[str, ...] = ("hidden_states",)
-    positions: str | None = None
-
-    @property
-    def x(self) -> Tensor:
-        """Image tokens at full length (B, N, C)."""
-        x = self.arguments[self.hidden]
-        assert isinstance(x, Tensor)
-        return x
-
-    @property
-    def text_name(self) -> str | None:
-        """Name of the argument that is a stream of text beside the image tokens; None where the family has none."""
-        return next((name for name in self.streams if name != self.hidden), None)
-
-    @property
-    def entering(self) -> Result:
-        """What a bypassed block gives: all streams as they came."""
-        return self.x if self.text_name is None else Joint(self.x, self.arguments[self.text_name])
-
-    def on(self, plan: Plan) -> Result:
-        """Runs the block on the plan's tokens and restores the image tokens to full length (B, N, C)."""
-        result = self(plan)
-        return with_image(result, plan.restore(image_of(result), self.x))
-
-    def nested(self, nested: Tensor) -> tuple[Result, Result]:
-        """Runs the block on two nested sets of tokens in one call, with all of the text in each.
-
-        Args:
-            nested: the image tokens are K and after them L of the same again; places of these among the K, (B, L).
-
-        Returns:
-            Results of the K tokens, and of the L.
-        """
-        sizes, call, name = [self.x.shape[1] - nested.shape[1], nested.shape[1]], self, self.text_name
-        if name is not None:
-            text = self.arguments[name]
-            call = dataclasses.replace(self, arguments={**self.arguments, name: torch.cat([text, text], dim=1)})
-        result = call(nested=nested)
-        upper, lower = image_of(result).split(sizes, dim=1)
-        if not isinstance(result, Joint):
-            return upper, lower
-        texts = (None, None) if result.text is None else result.text.chunk(2, dim=1)
-        return Joint(upper, texts[0]), Joint(lower, texts[1])
-
-    def _returned(self, output: Any) -> Result:
-        """What the block's own forward returns, by stream."""
-        if self.text_name is None:
-            assert isinstance(output, Tensor)
-            return output
-        by_name = dict(zip(self.streams, output, strict=True))
-        return Joint(by_name[self.hidden], by_name[self.text_name])
-
-    def __call__(self, plan: Plan | None = None, **attention: Tensor) -> Result:
-        """Runs the block on the plan's tokens -> (B, K, C) and all of the text; without a plan on all tokens.
-
-        Args:
-            plan: which tokens.
-            **attention: for the family's own attention processor: `key_bias` (B, K), added to the logits of each key;
-                or `nested` (B, L), where the last L tokens are some of the others again and both sets keep apart.
-
-        Raises:
-            DiffratioError: such an entry, and the attention processors are not ours.
-        """
-        arguments = self.arguments if plan is None else self.reduced(plan.reduce(self.x), plan).arguments
-        if not attention:
-            return self._returned(self.inner(**arguments))
-        if self.attention is None:
-            raise DiffratioError(f"this transformer's attention processors are not ours: no {', '.join(attention)}")
-        given: dict[str, Any] = {**(arguments.get(self.attention) or {}), **attention}
-        if self.positions is not None and self.text_name is not None:
-            given["text_tokens"] = arguments[self.text_name].shape[1]
-        return self._returned(self.inner(**{**arguments, self.attention: given}))
-
-    def reduced(self, x: Tensor, plan: Plan) -> BlockCall:
-        """The same block on a plan's tokens, of which x (B, K, C) is the content."""
-        arguments = {**self.arguments, self.hidden: x}
-        for name in self.per_token:
-            if isinstance(arguments.get(name), Tensor):
-                arguments[name] = plan.take(arguments[name])
-        if self.positions is not None and arguments.get(self.positions) is not None:
-            arguments[self.positions] = take_positions(arguments[self.positions], plan, self.x.shape[1])
-        return dataclasses.replace(self, arguments=arguments)
-
-    def select(self, samples: Tensor, hidden: bool = True) -> BlockCall:
-        """The same block for some of the samples, given by index (b,).
-
-        Args:
-            samples: their indices.
-            hidden: whether the image tokens are selected too; not, where `reduced` replaces them next.
-        """
-        arguments, batch = dict(self.arguments), self.x.shape[0]
-        for name in (*((self.hidden,) if hidden else ()), *self.per_token, *self.per_sample):
-            value = arguments.get(name)
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
-                arguments[name] = value.index_select(0, samples)
-        if self.positions is not None and arguments.get(self.positions) is not None:
-            arguments[self.positions] = of_samples(arguments[self.positions], samples)
-        return dataclasses.replace(self, arguments=arguments)
+    fraction: float
+    method: Method
 
 
 class Method:
@@ -181,6 +71,9 @@ class Method:
             separately (`AttentionPlan`), or it calls blocks with a key bias.
         nests_attention: it is faster with them (nested sets of tokens), and gives the same without.
         takes_costs: its `for_budget` also takes `costs=`, a cost table in another unit than MACs.
+        static: its cost follows from config and run. Where not, it depends on the input: it is counted on real runs, of
+            which `traces` tells, and budgets are met by `calibrate`.
+        variants: what may stand behind its name, `name:variant`, to say which config a budget is solved for.
     """
 
     name: ClassVar[str]
@@ -192,6 +85,8 @@ class Method:
     indexes_attention: bool = False
     nests_attention: bool = False
     takes_costs: ClassVar[bool] = False
+    static: ClassVar[bool] = True
+    variants: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, description: Description) -> None:
         self.config = config
@@ -204,6 +99,23 @@ class Method:
 
     def check_beside(self, others: Sequence[Method]) -> None:
         """Raises DiffratioError for a method on the same transformer that this one does not go with."""
+
+    def attach(
+        self, transformer: Any, blocks: Sequence[nn.Module], modules_of: Callable[[nn.Module, str], list[nn.Module]]
+    ) -> None:
+        """Puts in what is not ours, after all classes are swapped; again into every copy of the transformer.
+
+        Args:
+            transformer: converted.
+            blocks: its blocks in order.
+            modules_of: (block, site) -> the modules of a site in it.
+        """
+
+    def detach(self) -> None:
+        """Takes out what `attach` put in, before anything else is undone."""
+
+    def ran(self, layer: int, site: str, ctx: StepContext) -> None:
+        """Called when a block (site `block`), or a site that the method named, is really computed."""
 
     def block_modules(self) -> list[nn.Module] | None:
         """One module a block, to be registered there as `router`."""
@@ -287,13 +199,57 @@ class Method:
         """
         return combined_cost([self], self.adapt(run), run, linear_only)
 
+    @contextlib.contextmanager
+    def replaying(self, trace: Any) -> Iterator[None]:
+        """Costs asked for in here are those of one of the `traces`."""
+        yield
+
+    def traces(self, steps: int) -> Mapping[Any, int]:
+        """Of a method that is not `static`: what it did in real runs of so many steps -> samples that did so."""
+        return {}
+
+    def forget_traces(self) -> None:
+        """Starts counting anew."""
+
+    def statistics(self, run: SamplingRun) -> dict[str, float]:
+        """What `traces` say of a run, in figures; empty where nothing was counted."""
+        return {}
+
+    @classmethod
+    def of_variant(cls, variant: str | None) -> MethodConfig:
+        """The config that `name:variant` stands for; None is the method's own default."""
+        return cls.config_class()
+
+    @classmethod
+    def calibrate(
+        cls, start: MethodConfig, measure: Callable[[MethodConfig], Measured], description: Description, budget: float
+    ) -> MethodConfig:
+        """Of a method that is not `static`: the config that costs within [budget - 0.01, budget] when it is run.
+
+        Args:
+            start: what is not searched.
+            measure: config -> what a run with it costs.
+            description: the transformer.
+            budget: fraction of the dense run.
+
+        Raises:
+            BudgetUnreachable: no setting does.
+        """
+        raise NotImplementedError
+
     @classmethod
     def for_budget(cls, description: Description, run: SamplingRun, budget: float) -> Any:
         """The config that costs within [budget - 0.01, budget] of the dense run.
 
         Raises:
             BudgetUnreachable: no setting of the knob does.
+            DiffratioError: its cost must be measured, and a description cannot be run.
         """
+        if not cls.static:
+            raise DiffratioError(
+                f"{cls.name}: its cost depends on the input and is measured: "
+                "diffratio.for_budget(name, transformer, budget) runs it"
+            )
         return dearest_within(cls, [cls.config_class()], description, run, check_budget(budget))
 
 
@@ -346,7 +302,11 @@ def combined_use(
     if (isinstance(action, Skip) and action.covers(layer)) or any(use.bypassed for use in outer):
         return BlockUse(bypassed=True)
     use = methods[-1].use(layer, step, run)
-    return dataclasses.replace(use, planning=use.planning + sum(one.planning for one in outer)) if outer else use
+    if not outer:
+        return use
+    planning = use.planning + sum(one.planning for one in outer)
+    skipped = tuple(dict.fromkeys(site for one in (use, *outer) for site in one.skipped))
+    return dataclasses.replace(use, planning=planning, skipped=skipped)
 
 
 def combined_cost(
@@ -411,13 +371,27 @@ def methods() -> dict[str, str]:
 def get_method(name: str) -> type[Method]:
     """The method of that name.
 
+    `name:variant` is the same method; see `Method.variants`.
+
     Raises:
-        DiffratioError: there is none; the nearest names are given.
+        DiffratioError: there is none, or no such variant; the nearest names are given.
     """
-    if name not in _METHODS:
+    base, variant = split_variant(name)
+    if base not in _METHODS:
         raise unknown("method", name, _METHODS)
-    importlib.import_module(_METHODS[name][0])
-    return _REGISTERED[name]
+    importlib.import_module(_METHODS[base][0])
+    cls = _REGISTERED[base]
+    if variant is not None and variant not in cls.variants:
+        if not cls.variants:
+            raise DiffratioError(f"method {base!r} has no variants ({variant!r} was given); leave :{variant} out")
+        raise unknown(f"variant of method {base!r}", variant, cls.variants)
+    return cls
+
+
+def split_variant(name: str) -> tuple[str, str | None]:
+    """`name:variant` -> both; a plain name has None."""
+    base, colon, variant = str(name).partition(":")
+    return base, variant if colon else None
 
 
 def check_budget(budget: float) -> float:
@@ -439,19 +413,24 @@ def config_to_json(config: MethodConfig) -> dict[str, Any]:
 def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
     """Inverse of `config_to_json`; also reads the YAML of the `method` group, where a step schedule is a file's name.
 
+    Where that file is a search's front, `budget` beside it says which of its schedules.
+
     Raises:
         DiffratioError: unknown method or key (the nearest names are given), or a value the config refuses.
     """
     values = dict(document)
     cls = get_method(values.pop("name", "")).config_class
     fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    front = "StepSchedule" in fields.get("schedule", "") and isinstance(values.get("schedule"), str)
+    budget = values.pop("budget", None) if front else None
     for key, value in values.items():
         if key not in fields:
             raise unknown(f"key of method {document['name']!r}", key, fields)
         if "KeepSchedule" in fields[key] and isinstance(value, Mapping):
             values[key] = KeepSchedule.from_json(value)
         elif "StepSchedule" in fields[key] and value is not None:
-            values[key] = StepSchedule.from_json(value) if isinstance(value, Mapping) else load_step_schedule(value)
+            read = isinstance(value, Mapping)
+            values[key] = StepSchedule.from_json(value) if read else load_step_schedule(value, budget)
         elif isinstance(value, list):
             values[key] = tuple(value)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from diffratio.cost.macs import Description
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError
-from diffratio.files import read_json, write_json
+from diffratio.files import write_json
 
 FORMAT, VERSION = "diffratio step schedule", 1
 COMPUTE, SKIP, EXTRAPOLATE, REUSE = "C", "S", "E", "R"
@@ -78,7 +78,7 @@ class StepSchedule:
         family: backbone of the model.
         layers: its blocks.
         width: its channels.
-        weights_sha256: of the weights that it was found on, for the record; None where it was written by hand.
+        weights_sha256: of the weights that it was found on; None where it was written by hand.
     """
 
     choices: tuple[StepChoice, ...]
@@ -132,25 +132,50 @@ class StepSchedule:
         given = (0.0,) * len(actions) if ratios is None else tuple(ratios)
         if len(given) != len(actions):
             raise DiffratioError(f"step schedule: {len(actions)} actions and {len(given)} ratios; give one for each")
+        return cls.of(actions, run.noise_levels, *_model(description), ratios=given, weights_sha256=weights_sha256)
+
+    @classmethod
+    def of(
+        cls,
+        actions: Sequence[str],
+        noise_levels: Sequence[float],
+        family: str,
+        layers: int,
+        width: int,
+        ratios: Sequence[float] | None = None,
+        weights_sha256: str | None = None,
+    ) -> StepSchedule:
+        """`made_for` where steps and model are given by number."""
+        given = (0.0,) * len(actions) if ratios is None else tuple(ratios)
         choices = tuple(StepChoice(action, ratio) for action, ratio in zip(actions, given, strict=True))
-        return cls(choices, run.noise_levels, description.family, description.layers, description.width, weights_sha256)
+        return cls(choices, tuple(noise_levels), family, layers, width, weights_sha256)
 
     @property
     def steps(self) -> int:
         """Number of steps S."""
         return len(self.choices)
 
-    def require(self, description: Description) -> StepSchedule:
+    def require(self, description: Description, weights_sha256: str | None = None) -> StepSchedule:
         """The schedule itself.
 
+        Args:
+            description: the model at hand.
+            weights_sha256: its weights' digest (`surgery.weights_digest`); None compares no weights, and a schedule
+                without one fits any.
+
         Raises:
-            DiffratioError: it was made for another model.
+            DiffratioError: it was made for another model, or found on other weights.
         """
         own, other = (self.family, self.layers, self.width), _model(description)
         if own != other:
             raise DiffratioError(
                 f"step schedule of {own[0]} with {own[1]} blocks of width {own[2]} does not fit {other[0]} with "
                 f"{other[1]} blocks of width {other[2]}; search or write one for this model"
+            )
+        if weights_sha256 is not None and self.weights_sha256 not in (None, weights_sha256):
+            raise DiffratioError(
+                f"step schedule found on weights {str(self.weights_sha256)[:12]}, and these are {weights_sha256[:12]}; "
+                "search on these, or give the checkpoint that it was found on"
             )
         return self
 
@@ -216,13 +241,21 @@ class StepSchedule:
         write_json(path, self.to_json())
 
 
-def load_step_schedule(path: str | Path) -> StepSchedule:
-    """Reads what `StepSchedule.save` wrote.
+def load_step_schedule(path: str | Path, budget: float | None = None) -> StepSchedule:
+    """Reads what `StepSchedule.save` wrote, or one schedule of what `diffratio search` found.
+
+    Args:
+        path: the schedule's file, or the front's file or folder.
+        budget: of a front the dearest schedule within this fraction of the dense MACs is taken.
 
     Raises:
-        DiffratioError: no such file, or not a step schedule.
+        DiffratioError: no such file, not a step schedule, or a front without a budget.
+        BudgetUnreachable: of a front every schedule costs more.
     """
-    return StepSchedule.from_json(read_json(path, "step schedule"))
+    from diffratio.methods.step_front import StepFront, read_schedules  # which holds schedules
+
+    found = read_schedules(path)
+    return found.within(budget).schedule if isinstance(found, StepFront) else found
 
 
 def _model(description: Description) -> tuple[str, int, int]:

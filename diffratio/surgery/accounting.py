@@ -10,6 +10,7 @@ from diffratio.backbones import backbone_of
 from diffratio.cost.macs import BlockUse, Cost, Description
 from diffratio.cost.run import SamplingRun
 from diffratio.cost.table import LatencyTable, load_cost_table
+from diffratio.errors import DiffratioError
 from diffratio.methods.actions import Reuse, Skip
 from diffratio.methods.base import (
     Method,
@@ -22,6 +23,7 @@ from diffratio.methods.base import (
     get_method,
     solve_for_budget,
 )
+from diffratio.surgery.measuring import Work, calibrate, measured_cost, measured_method
 from diffratio.surgery.state import attachment, is_applied
 
 
@@ -36,6 +38,9 @@ def _run_of(transformer: nn.Module, steps: int, guidance: bool, run: SamplingRun
 
 def macs(transformer: nn.Module, steps: int = 20, guidance: bool = True, run: SamplingRun | None = None) -> Cost:
     """Analytic MACs of a whole sampling run with what is applied.
+
+    Where the cost depends on the input (`Method.static` is false), it is the mean over the samples that were made of a
+    run of so many steps, and of random latents where none were; `is_measured` tells.
 
     Args:
         transformer: dense or converted.
@@ -53,6 +58,8 @@ def macs(transformer: nn.Module, steps: int = 20, guidance: bool = True, run: Sa
     if not is_applied(transformer):
         return Method(None, describe(transformer)).macs(run)
     state = attachment(transformer)
+    if state.watching:
+        return measured_cost(transformer, run)
     if len(state.methods) == 1:
         return state.token_method.macs(run)
     return combined_cost(state.methods, state.adapt(run), run)
@@ -66,17 +73,20 @@ def for_budget(
     guidance: bool = True,
     run: SamplingRun | None = None,
     table: LatencyTable | str | Path | None = None,
+    work: Work | None = None,
 ) -> MethodConfig:
     """The config of a method that costs within [budget - 0.01, budget] of the dense run.
 
     Args:
-        method: registered name.
+        method: registered name; `name:variant` for a method with variants, such as `external_cache:mag_cache`.
         transformer: dense or converted.
         budget: fraction of the dense run's MACs, or milliseconds with a table; lower keeps fewer tokens.
         steps: shorthand for the backbone's default run of so many steps.
         guidance: whether both guidance halves are computed.
         run: the run itself, instead of the two above.
         table: what `diffratio bench table` wrote for this model: the budget is then in its milliseconds.
+        work: for methods whose cost is measured: samples whole runs with the converted transformer that it is given;
+            None takes random latents.
 
     Raises:
         BudgetUnreachable: with the reachable range.
@@ -92,6 +102,10 @@ def for_budget(
     cls, run = get_method(method), _run_of(transformer, steps, guidance, run)
     check_guidance(cls, run)
     description, costs = describe(transformer), None
+    if not cls.static:
+        if table is not None:
+            raise DiffratioError(f"{cls.name}: its cost is measured in MACs; leave the table out")
+        return calibrate(method, transformer, run, check_budget(budget), work)
     if table is not None:
         found = table if isinstance(table, LatencyTable) else load_cost_table(table)
         costs = found.require(description, run).costs(run)
@@ -111,11 +125,12 @@ def summary(transformer: nn.Module, steps: int = 20, guidance: bool = True, run:
     reused = sum(isinstance(action, Reuse) for action in actions)
     skipping = sum(isinstance(action, Skip) for action in actions)
     guided = run.guidance if run.guided is None else f"{run.guidance} in {both} of them"
+    mark = ", measured" if state.watching else ""
     lines = [
         f"{type(transformer).__name__} ({state.backbone.name}), {grid.height}x{grid.width} tokens, "
         f"{run.steps} steps, guidance {guided}",
         "method: " + ", ".join(repr(one.config) for one in state.methods),
-        f"MACs: {cost.total / 1e9:.3f} G of {cost.dense / 1e9:.3f} G dense ({cost.fraction:.3f}), "
+        f"MACs: {cost.total / 1e9:.3f} G of {cost.dense / 1e9:.3f} G dense ({cost.fraction:.3f}{mark}), "
         f"planning {cost.planning / max(cost.total, 1):.2%}",
     ]
     if reused or skipping:
@@ -126,12 +141,44 @@ def summary(transformer: nn.Module, steps: int = 20, guidance: bool = True, run:
         dtype = next(transformer.parameters()).dtype
         size = stored * dtype.itemsize / 2**20
         lines.append(f"stored from step to step: {size:.3g} MiB a sample in {str(dtype).removeprefix('torch.')}")
+    if (measured := measured_method(state)) is not None:
+        return "\n".join([*lines, _counted(measured, run)])
     for layer, block in enumerate(state.token_method.description.blocks):
         evaluated = [step for step in range(run.steps) if not isinstance(actions[step], Reuse)]
         uses = [combined_use(state.methods, layer, step, run, actions[step]) for step in evaluated]
         names = dict.fromkeys(site.name for site in block.sites)
         lines.append(f"  block {layer:2d}: " + ", ".join(_site(name, uses, grid.tokens) for name in names))
     return "\n".join(lines)
+
+
+def is_measured(transformer: nn.Module) -> bool:
+    """Whether the cost of what is applied is counted on real runs, since it depends on the input."""
+    return is_applied(transformer) and bool(attachment(transformer).watching)
+
+
+def forget_counts(transformer: nn.Module) -> None:
+    """What was counted so far of a method whose cost is measured no longer stands in it."""
+    for method in attachment(transformer).watching:
+        method.forget_traces()
+
+
+def statistics(transformer: nn.Module, run: SamplingRun) -> dict[str, float]:
+    """What an attached cache did in the samples that were made of a run; empty without one, or without samples."""
+    if not is_measured(transformer):
+        return {}
+    state = attachment(transformer)
+    method = measured_method(state)
+    return {} if method is None else method.statistics(state.adapt(run))
+
+
+def _counted(method: Method, run: SamplingRun) -> str:
+    found = method.statistics(run)
+    results = found["cached_places"] * found["steps"]
+    return (
+        f"{method.name}: {found['skipped']:.1f} of {results:.0f} results taken from the cache "
+        f"(hit rate {found['hit_rate']:.3f}), {found['full_steps']:.1f} of {found['steps']:.0f} steps in full, "
+        f"means over {found['samples']:g} samples"
+    )
 
 
 def _site(name: str, uses: list[BlockUse], tokens: int) -> str:

@@ -45,7 +45,7 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
         return transformer
     backbone = backbone_of(transformer)
     configs = [config] if isinstance(config, MethodConfig) else list(config)
-    present = attachment(transformer).methods if is_applied(transformer) else []
+    present = list(attachment(transformer).methods) if is_applied(transformer) else []
     if present and not (configs and all(_goes_on_top(one, present) for one in configs)):
         names = ", ".join(method.name for method in present)
         raise DiffratioError(f"{names} is applied to this transformer already; diffratio.remove_ it first")
@@ -67,15 +67,22 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
     for method in methods:
         method.check_beside([other for other in (*methods, *present) if other is not method])
     if present:
-        attachment(transformer).add(methods)
+        state = attachment(transformer)
+        state.add(methods)
+        try:
+            for method in methods:
+                method.attach(transformer, list(backbone.blocks(transformer)), backbone.site_modules)
+        except DiffratioError:
+            state.methods = present
+            raise
         return transformer
     state = Attachment(backbone, methods, {}, seed)
-    sites = state.token_method.sites()
+    sites = tuple(dict.fromkeys(site for one in (state.token_method, *state.watching) for site in one.sites()))
     for site in sites:
         if site not in backbone.sites:
+            names = ", ".join(method.name for method in methods)
             raise DiffratioError(
-                f"{state.token_method.name}: backbone {backbone.name} has no site {site!r}; "
-                f"it has {', '.join(backbone.sites)}"
+                f"{names}: backbone {backbone.name} has no site {site!r}; it has {', '.join(backbone.sites)}"
             )
     blocks = backbone.blocks(transformer)
     swapped = [module for block in blocks for site in sites for module in backbone.site_modules(block, site)]
@@ -99,6 +106,11 @@ def apply_(transformer: Any, config: MethodConfig | Sequence[MethodConfig], seed
             setattr(transformer, name, module.to(reference.device))
             state.added += (name,)
     swap(transformer, TransformerMixin, state)
+    try:
+        state.attach(transformer)
+    except DiffratioError:
+        remove_(transformer)
+        raise
     return transformer
 
 
@@ -137,6 +149,7 @@ def remove_(transformer: Any) -> Any:
         remove_(transformer.transformer)
         return transformer
     state = attachment(transformer)
+    state.detach()
     for name in state.added:
         drop_root_module_(transformer, name)
     for method in state.methods:

@@ -23,6 +23,11 @@ from diffratio.tokens.positions import take_positions
 class TransformerMixin(Converted):
     """Opens and closes a forward; reuses the last output, or evaluates the conditional half alone."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: what stands around its modules is put there anew."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self._diffratio.attach(self)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class's."""
         inner = super().forward  # type: ignore[misc]
@@ -97,6 +102,8 @@ class BlockMixin(Converted):
             if layer > state.action.first:  # the residual is already on it
                 return _joined(entering)
             return _joined(state.memory.skip(state.action, entering, context.halves, context.noise_level or 0.0))
+        for method in state.watching:
+            method.ran(layer, "block", context)
         inner = super().forward if state.compile_options is None else _compiled(base, self, state)  # type: ignore[misc]
         attention = backbone.attention if state.owns_attention else None
         call = BlockCall(
@@ -170,6 +177,8 @@ class SiteMixin(Converted):
         inner, context, x = super().forward, self._diffratio.context, hidden_states  # type: ignore[misc]
         if context is None:
             return inner(x, *args, **kwargs)
+        for method in self._diffratio.watching:
+            method.ran(self._diffratio_layer, self._diffratio_site, context)
         positions: str | None = self._diffratio.backbone.positions
         text = x.shape[1] - context.grid.tokens if positions is not None else 0
         image = x[:, text:] if text else x

@@ -61,6 +61,21 @@ class Attachment:
         )
 
     @property
+    def watching(self) -> list[Method]:
+        """The methods that are told what is really computed."""
+        return [method for method in self.methods if not method.static]
+
+    def attach(self, transformer: nn.Module) -> None:
+        """Lets methods put in what is not ours, innermost first."""
+        for method in reversed(self.methods):
+            method.attach(transformer, list(self.backbone.blocks(transformer)), self.backbone.site_modules)
+
+    def detach(self) -> None:
+        """Takes that out again."""
+        for method in self.methods:
+            method.detach()
+
+    @property
     def owns_attention(self) -> bool:
         """Whether the transformer's attention processors are ours."""
         return self.prepared.get(ATTENTION) is not None

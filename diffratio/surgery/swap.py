@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from diffratio.surgery.hooks import carry_forward_
 
 STATE = "_diffratio"
+HOOKED = ("forward", "_diffusers_hook")  # what diffusers' hooks put into a module
 
 
 class Converted:
@@ -26,7 +27,11 @@ class Converted:
     def __reduce__(self) -> tuple[Any, ...]:
         own: Any = type(self)
         kind, base = _converted(own).__bases__
-        return _rebuild, (kind, base), self.__dict__
+        state = self.__dict__
+        if STATE in state and not all(method.static for method in getattr(state[STATE], "methods", ())):
+            # the hooks of another library's cache would run the original's weights; the copy gets its own
+            state = {key: value for key, value in state.items() if key not in HOOKED}
+        return _rebuild, (kind, base), state
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from diffratio.files import configs_folder
 from diffratio.inpainting import InpaintSettings
 from diffratio.methods import get_method, methods
 from diffratio.objectives import objectives
+from diffratio.search.settings import SearchSettings
 from diffratio.surgery import LoraSettings
 from diffratio.training.build import build_transformer
 from diffratio.training.run import check, compose, plain_config
@@ -32,8 +33,12 @@ FILES = sorted(path for path in ROOT.rglob("*.yaml") if "hydra" not in path.part
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EXPERIMENTS = [path.stem for path in sorted((ROOT / "experiment").glob("*.yaml"))]
 PUBLISHED = ("pixart_sigma_512_diffcr", "dit_xl_256_diffcr")
-VERBS = ("train", "compare", "bench", "precompute")
-NEEDED = {"bench": (), "precompute": ("data.source=here", "vae=here", "out=here")}  # others: data.source
+VERBS = ("train", "compare", "bench", "precompute", "search")
+NEEDED = {  # others: data.source
+    "bench": (),
+    "search": ("out=here",),
+    "precompute": ("data.source=here", "vae=here", "out=here"),
+}
 MEMBERS = [(path.parent.name, path.stem) for path in FILES if path.parent != ROOT]
 
 
@@ -119,6 +124,20 @@ def test_precompute_file_holds_the_defaults() -> None:
     assert set(values) - {"defaults", "seed"} == set(fields)
     for key, default in fields.items():
         assert values[key] == ("???" if default is dataclasses.MISSING else default), key
+
+
+def test_search_file_holds_the_defaults() -> None:
+    values = values_of(ROOT / "search.yaml")
+    fields = {field.name: field.default for field in dataclasses.fields(SearchSettings)}
+    assert set(values) - {"defaults"} == set(fields) - {"method"}
+    assert SearchSettings.from_config(plain_config(compose("search", ["out=x"]))).method == fields["method"]
+    made = SearchSettings.from_config(plain_config(compose("search", ["out=x", "method=fewer_steps"])))
+    assert made.allowed_actions == ("C", "R")
+    with pytest.raises(DiffratioError, match="takes method=dato alone"):
+        SearchSettings.from_config(plain_config(compose("search", ["out=x", "method.every=3"])))
+    for key, default in fields.items():
+        if default is not dataclasses.MISSING and key != "method":  # a group
+            assert (tuple(values[key]) if isinstance(values[key], list) else values[key]) == default, key
 
 
 def test_trainer_keys_are_lightnings() -> None:

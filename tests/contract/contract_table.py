@@ -84,6 +84,11 @@ def _block_cache(name: str, **settings: Any) -> Row:
     return Row(name, "block_cache", lambda: make(**settings), lambda: make(every=1.0), whole_run=True)
 
 
+def _external(name: str, **settings: Any) -> Row:
+    make, off = diffratio.ExternalCache, {"interval": 1} if "interval" in settings else {"threshold": 0.0}
+    return Row(name, "external_cache", lambda: make(**settings), lambda: make(**settings | off), whole_run=True)
+
+
 BOTH = ("self_attention", "feed_forward")
 ROWS = [
     Row("dense", "dense", diffratio.Dense, diffratio.Dense),
@@ -182,6 +187,8 @@ ROWS = [
     _dato("dato cached results", whole_run=True, every=3.0, scope="attn_ff", fill="cached", ratio=0.6),  # not step 0
     _dato("dato release queries", action="E", scope="attn_q", refill="release", polarity="random"),
     _block_cache("block_cache", extrapolate=True),
+    _external("external_cache", threshold=0.5),
+    _external("external_cache in blocks", cache="pyramid_attention_broadcast", interval=2),
 ]
 BACKBONES = ("dit", "pixart", "sd3", "flux")
 SHARED = ("img_ids", "txt_ids")  # arguments of a forward without a batch

@@ -203,6 +203,10 @@ def test_bf16_weights(row: Row, backbone: str) -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(row: Row, backbone: str) -> None:
     plain, checkpointed = train_(applied(row, backbone)), train_(applied(row, backbone))
     checkpointed.enable_gradient_checkpointing()
+    if row.method == "external_cache":  # its library counts forwards
+        with pytest.raises(DiffratioError, match="gradient checkpointing runs blocks twice"):
+            gradients(checkpointed)
+        return
     calls = {"blocks": 0}
     block_class = type(checkpointed.transformer_blocks[0]).__mro__[3]
     checkpointed.transformer_blocks[0].norm1.register_forward_hook(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,17 +19,21 @@ from diffratio.checkpoint.parts import scheduler_of
 from diffratio.cost.macs import Cost
 from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
-from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm
+from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm, method_and_file
 from diffratio.evaluation.records import Arm, record_id
 from diffratio.files import sha256
-from diffratio.methods.base import Method, MethodConfig, config_to_json
+from diffratio.methods.base import Method, MethodConfig, config_to_json, split_variant
+from diffratio.methods.dato import DaTo
 from diffratio.methods.dense import Dense
 from diffratio.methods.fewer_steps import FewerSteps
+from diffratio.methods.step_front import FRONT_FILE
+from diffratio.sampling.generate import generate
 from diffratio.sampling.prompted import prompted_levels
 from diffratio.sampling.schedulers import objective_of
 from diffratio.sensitivity import CALIBRATED, Sensitivity, find_map, required_map, solved
 
 DENSE, FINETUNED = "dense", "dense_finetuned"
+_CALIBRATION, _CALIBRATION_SEED = 2, 2**20
 
 
 @dataclass
@@ -90,6 +94,16 @@ class Contender:
         """The keep schedule of a routed arm."""
         bins = getattr(self.method, "bins", None)
         return {"bins": [list(row) for row in bins]} if bins else None
+
+    @property
+    def measured(self) -> bool:
+        """Whether its cost depends on the input: it is counted while its samples are made."""
+        return self.pipe is not None and surgery.is_measured(self.pipe.transformer)
+
+    def forget_counts(self) -> None:
+        """Counts anew from here on."""
+        if self.measured:
+            surgery.forget_counts(self.pipe.transformer)
 
     @property
     def has_losses(self) -> bool:
@@ -154,7 +168,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
         mark = "" if weights is found[0] else "@finetuned"
         for budget in settings.budgets:
             for method in settings.training_free:
-                found.append(_training_free(method, mark, weights, budget, run, sensitivity))
+                found.append(_training_free(method, mark, weights, budget, run, sensitivity, settings.guidance_scale))
     return Lineup(tuple(found), run, objective)
 
 
@@ -229,22 +243,67 @@ def _map(settings: CompareSettings, base: Any, run: SamplingRun) -> Sensitivity:
 
 
 def _training_free(
-    method: str, mark: str, weights: Contender, budget: float, run: SamplingRun, sensitivity: Sensitivity | None
+    method: str,
+    mark: str,
+    weights: Contender,
+    budget: float,
+    run: SamplingRun,
+    sensitivity: Sensitivity | None,
+    guidance_scale: float,
 ) -> Contender:
-    name, source, tuned = f"{method}{mark}", weights.arm.weights, weights.arm.finetuned_steps
+    work = None
+    method, file = method_and_file(method)
+    label = method if file is None else f"{method}@{_label(file)}"
+    name, source, tuned = f"{label}{mark}", weights.arm.weights, weights.arm.finetuned_steps
     digest = weights.arm.weights_sha256
     transformer = weights.pipe.transformer
+    config: MethodConfig
     try:
         if method in CALIBRATED:
             assert sensitivity is not None
             config = solved(method, sensitivity, transformer, budget)
+        elif file is not None:  # a fine-tuned control takes the schedules that were found on its base
+            found = surgery.find_step_schedule(file, transformer, budget=budget, run=run, same_weights=not mark)
+            config = DaTo(schedule=found)
         else:
-            config = surgery.for_budget(method, transformer, budget, run=run)
+            work = _sampling_with(weights.pipe, run.steps, guidance_scale)
+            config = surgery.for_budget(method, transformer, budget, run=run, work=work)
     except BudgetUnreachable as error:
-        arm = Arm(name, source, {"name": method}, True, tuned, digest)
+        arm = Arm(name, source, {"name": split_variant(method)[0]}, True, tuned, digest)
         return Contender(arm, budget, seed=weights.seed, partner=weights, unreachable=str(error))
     arm = Arm(name, source, config_to_json(config), config.as_published, tuned, digest)
-    return _ready(with_method(weights.pipe, config), arm, run, budget, weights.seed, weights)
+    pipe = with_method(weights.pipe, config)
+    if work is not None and surgery.is_measured(pipe.transformer):
+        calibration_samples(pipe, run.steps, guidance_scale)
+    return _ready(pipe, arm, run, budget, weights.seed, weights)
+
+
+def calibration_samples(pipe: Any, steps: int, guidance_scale: float) -> None:
+    """Samples by which a method whose cost depends on the input is priced; their seed is none of a comparison's."""
+    generate(
+        pipe, _CALIBRATION, seed=_CALIBRATION_SEED, batch_size=_CALIBRATION, steps=steps, guidance_scale=guidance_scale,
+        quiet=True, distributed=False,
+    )  # fmt: skip
+
+
+def _sampling_with(pipe: Any, steps: int, guidance_scale: float) -> Callable[[nn.Module], None] | None:
+    """Whole sampling runs of a pipeline with another transformer in it; None where prompts are not known yet."""
+    if backbone_of(pipe.transformer).condition == "text":
+        return None
+
+    def work(transformer: nn.Module) -> None:
+        own = copy.deepcopy(pipe, {**_shared(pipe), id(pipe.transformer): transformer})
+        surgery.attach_(own)
+        calibration_samples(own, steps, guidance_scale)
+        surgery.detach_(own)
+
+    return work
+
+
+def _label(file: str) -> str:
+    """A short name of a step schedule's file: its own, or that of the search's folder."""
+    path = Path(file)
+    return path.parent.resolve().name if path.name == FRONT_FILE else path.stem
 
 
 def compiled_copy(one: Contender) -> Any:

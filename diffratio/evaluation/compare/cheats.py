@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffratio import surgery
 from diffratio.cost.count import count_macs
 from diffratio.evaluation.compare.arms import Contender
 from diffratio.sampling.generate import generate
@@ -40,13 +41,15 @@ def probe(one: Contender, dense: Tensor | None, guidance_scale: float) -> tuple[
 
     assert one.cost is not None
     first, again, other = sample(0), sample(0), sample(1)
+    one.forget_counts()
     counted = count_macs(one.pipe.transformer, lambda: sample(0, 1))
+    cost = surgery.macs(one.pipe.transformer, run=one.run) if one.measured else one.cost  # of these very samples
     flags = []
     # the counter leaves matrix-vector products out, so routers may be missing in what it counts
-    if counted > one.cost.total * (1 + TOLERANCE):
-        flags.append(f"{UNDER}: {one.cost.total / one.cost.dense:.3f} of dense said, {_fraction(counted, one)} counted")
-    elif counted < (one.cost.total - one.cost.planning) * (1 - TOLERANCE):
-        flags.append(f"{OVER}: {one.cost.total / one.cost.dense:.3f} of dense said, {_fraction(counted, one)} counted")
+    if counted > cost.total * (1 + TOLERANCE):
+        flags.append(f"{UNDER}: {cost.total / cost.dense:.3f} of dense said, {_fraction(counted, one)} counted")
+    elif counted < (cost.total - cost.planning) * (1 - TOLERANCE):
+        flags.append(f"{OVER}: {cost.total / cost.dense:.3f} of dense said, {_fraction(counted, one)} counted")
     if (again - first).abs().max() > _REPEATS:
         flags.append(f"{NOT_REPRODUCIBLE}: one seed sampled twice differs by {(again - first).abs().max():.3g}")
     if (other - first).abs().max() <= _EQUAL:

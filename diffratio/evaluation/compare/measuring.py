@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffratio import surgery
 from diffratio.backbones import backbone_of
 from diffratio.conditions import Captions, Classes, Conditions
+from diffratio.cost.macs import Cost
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare.arms import Contender, Lineup
 from diffratio.evaluation.compare.cheats import probe
@@ -150,7 +152,7 @@ class Referee:
         Raises:
             DiffratioError, RuntimeError, ValueError: the samples cannot be measured.
         """
-        assert one.cost is not None
+        cost = self._cost(one, images)
         evidence = self._dense.get(f"{one.key}-{seed}")
         if evidence is None and images is not None:
             evidence = self._evidence(one, seed, images, self.extractor.extract(images))
@@ -160,6 +162,9 @@ class Referee:
         if one is self.lineup.dense and seed == self.settings.seeds[0] and self.settings.block_repeats:
             extra["block"] = self._block()
         sampler, sampler_settings = sampler_of(one.pipe.scheduler)
+        measured: dict[str, Any] = {}
+        if one.measured:
+            measured = {"measured": True, "cache": surgery.statistics(one.pipe.transformer, self.lineup.run)}
         return Record(
             one.arm,
             one.budget,
@@ -171,11 +176,12 @@ class Referee:
             guidance_scale=self.settings.guidance_scale,
             schedule=one.schedule,
             cost={
-                "macs": one.cost.total,
-                "macs_dense": one.cost.dense,
-                "fraction": one.cost.fraction,
+                "macs": cost.total,
+                "macs_dense": cost.dense,
+                "fraction": cost.fraction,
                 "latency": latency,
                 "peak_memory_mib": memory,
+                **measured,
             },
             quality=quality,
             images={} if evidence is None else self._pictures(one, seed, evidence.images),
@@ -184,6 +190,13 @@ class Referee:
             flags=one.flags,
             paired_with=one.paired_with,
         )
+
+    def _cost(self, one: Contender, images: Tensor | None) -> Cost:
+        """By description, or where it depends on the input, counted while these very samples were made."""
+        assert one.cost is not None
+        if images is None or not one.measured:
+            return one.cost
+        return surgery.macs(one.pipe.transformer, run=self.lineup.run)
 
     @property
     def classes(self) -> list[int] | None:

@@ -268,6 +268,7 @@ class _Comparison:
             if self.bar is not None:
                 self.bar.update(min(count * self.team.size, self.bar.total - self.bar.n))
 
+        one.forget_counts()
         return generate(
             one.pipe, self.settings.n, seed=seed, batch_size=self.settings.batch_size, steps=one.steps,
             guidance_scale=self.settings.guidance_scale, quiet=True, progress=advance,

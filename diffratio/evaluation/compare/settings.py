@@ -13,7 +13,14 @@ from diffratio.methods.base import check_budget, get_method
 from diffratio.sensitivity import CALIBRATED
 
 LATENCY_MODES = ("eager", "compiled")
+SCHEDULED = "dato"  # the method whose schedule may come from a file
 _KINDS: dict[str, Any] = {"int": int, "str": str, "float": (int, float), "bool": bool, "str | None": (str, type(None))}
+
+
+def method_and_file(given: str) -> tuple[str, str | None]:
+    """`dato@search/fashion` is the method and where its step schedule lies; other methods stand alone."""
+    name, mark, file = given.partition("@")
+    return name, file if mark else None
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,13 @@ class CompareSettings:
         if self.train and self.train_steps < 1:
             raise DiffratioError(f"train=true needs train_steps of at least 1, got {self.train_steps}")
         for method in self.methods:
-            if get_method(method).learned and not self.train and method not in CALIBRATED:
+            name, file = method_and_file(method)
+            if file is not None and (name != SCHEDULED or not file):
+                raise DiffratioError(
+                    f"methods: {method!r}: {SCHEDULED} alone takes a step schedule's file or a search's folder, as "
+                    f"{SCHEDULED}@PATH"
+                )
+            if get_method(name).learned and not self.train and method not in CALIBRATED:
                 raise DiffratioError(
                     f"methods: {method!r} is learned, so it needs trained weights: train it "
                     f"(diffratio train method={method}), then give its export in routed=[...]; "
@@ -116,13 +129,13 @@ class CompareSettings:
         """The methods whose arms are fine-tuned by this comparison."""
         if not self.train:
             return ()
-        learned = [method for method in self.methods if get_method(method).learned]
+        learned = [method for method in self.methods if get_method(method_and_file(method)[0]).learned]
         return tuple(dict.fromkeys([*learned, *self.train_methods]))
 
     @property
     def training_free(self) -> tuple[str, ...]:
         """The methods that run on weights as they are."""
-        free = [one for one in self.methods if one != "dense" and not get_method(one).learned]
+        free = [one for one in self.methods if one != "dense" and not get_method(method_and_file(one)[0]).learned]
         return (*free, *self.mapped)
 
     @property
