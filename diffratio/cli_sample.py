@@ -60,7 +60,9 @@ def sampled(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         quiet=args.json,
         known=known,
     )
-    grid = sample_grid(images, COLUMNS) if known is None else sample_grid(triples(known, images), 9)
+    turn = len(labels or ())
+    columns = turn if 1 < turn <= COLUMNS and n > turn else COLUMNS  # a column a prompt
+    grid = sample_grid(images, columns) if known is None else sample_grid(triples(known, images), 9)
     with atomic_file(out) as temporary:
         grid.save(temporary, format="PNG")
     if npz is not None:

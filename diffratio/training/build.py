@@ -31,10 +31,11 @@ from diffratio.inpainting import InpaintSettings
 from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods, solve_for_budget
 from diffratio.objectives import Objective, get_objective
 from diffratio.routing.schedule import KeepSchedule
+from diffratio.sampling.schedulers import noise_levels, set_steps
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
 from diffratio.training.health import RoutingHealth
 from diffratio.training.inpaint import sees_holes_
-from diffratio.training.latents import base_scheduler, check_latents
+from diffratio.training.latents import base_scheduler, check_latents, own_scheduler
 from diffratio.training.logs import RunCSVLogger
 from diffratio.training.lora import base_weights
 from diffratio.training.module import Training, dense_copy
@@ -220,7 +221,7 @@ def build_method(cfg: Config, transformer: nn.Module, budget: BudgetSettings) ->
     if not cls.learned and name != "dense":
         trainable = ", ".join(["dense", *(one for one in methods() if get_method(one).learned)])
         raise DiffratioError(f"method {name!r} is training-free; train takes {trainable}, compare takes every method")
-    run = budget_run(transformer, budget)
+    run = budget_run(cfg, transformer, budget)
     costs = None if budget.unit == "macs" else budget_costs(transformer, budget, run)
     for key in ("schedule", "start"):
         if isinstance(values.get(key), str):
@@ -240,10 +241,18 @@ def described(transformer: nn.Module, cfg: Config) -> Description:
     return dataclasses.replace(description, router_inputs=1 if cfg["method"].get("router_sees_mask") else 0)
 
 
-def budget_run(transformer: nn.Module, budget: BudgetSettings) -> SamplingRun:
-    """The sampling run that a budget counts."""
+def budget_run(cfg: Config, transformer: nn.Module, budget: BudgetSettings) -> SamplingRun:
+    """The sampling run that a budget counts.
+
+    The default sampler of `flow_sample` visits 0.999 of the even levels: at an edge that is another region.
+    """
     guidance: Guidance = "cfg" if budget.guidance else "none"
-    return backbone_of(transformer).default_run(transformer, budget.steps, guidance)
+    run, objective = backbone_of(transformer).default_run(transformer, budget.steps, guidance), cfg["objective"]["name"]
+    if objective != "flow_sample":
+        return run
+    scheduler = own_scheduler(transformer, objective)
+    set_steps(scheduler, budget.steps)
+    return dataclasses.replace(run, noise_levels=noise_levels(scheduler))
 
 
 def budget_table(transformer: nn.Module, budget: BudgetSettings, run: SamplingRun) -> LatencyTable | None:
@@ -317,7 +326,7 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     surgery.apply_(transformer, method, seed=cfg["seed"])
     if lora:
         surgery.add_lora_(transformer, lora)
-    run = budget_run(transformer, budget)
+    run = budget_run(cfg, transformer, budget)
     schedule = getattr(method, "schedule", None)
     if isinstance(schedule, KeepSchedule):
         run = schedule.run

@@ -168,7 +168,7 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     backbone = backbone_of(transformer)
     method = build_method(plain, transformer, budget)
     description = backbone.describe(transformer)
-    run = budget_run(transformer, budget)
+    run = budget_run(plain, transformer, budget)
     macs, costs = macs_table(description, run), budget_costs(transformer, budget, run)
     lowest = costs.fraction(constant_table(description.layers, 1, costs.levels[0]))
     if get_method(method.method.name).learned and budget.target < lowest:
@@ -256,7 +256,7 @@ def measure(cfg: DictConfig, out: str, settings: Any) -> dict[str, Any]:
         transformer,
         *data.reference(settings.n),
         objective,
-        budget_run(transformer, budget),
+        budget_run(plain, transformer, budget),
         settings,
         lambda line: print(line, file=sys.stderr, flush=True),
         data.conditions,

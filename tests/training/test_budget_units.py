@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ from cost_tables import STEP_BINS, latency_table
 from tiny_run import column, job, train_tiny
 
 import diffratio
+from diffratio.backbones import get_backbone
 from diffratio.checkpoint import load_transformer, read_card
 from diffratio.cost.run import uniform_run
 from diffratio.cost.table import save_cost_table
 from diffratio.errors import DiffratioError
 from diffratio.routing.schedule import KeepSchedule
+from diffratio.sampling.pipeline import build_pipeline
+from diffratio.sampling.prompted import prompted_levels
+from diffratio.sampling.schedulers import default_sampler, make_scheduler
 from diffratio.tokens.grid import TokenGrid
+from diffratio.training.build import budget_run
 from diffratio.training.run import check, compose, export_run
 from diffratio.training.settings import BudgetSettings
 
@@ -143,3 +149,14 @@ def test_a_schedule_of_other_alignment_is_refused(data: Path, tmp_path: Path, ta
     given.write_text(json.dumps(KeepSchedule(((10, 6), (6, 6), (10, 10)), RUN, 0.8).to_json()))
     with pytest.raises(DiffratioError, match="multiples of 1 and budget.table=.* was timed in multiples of 2"):
         train_tiny(data, tmp_path / "run", *words(table, f"+method.schedule={given}"))
+
+
+@pytest.mark.parametrize("objective", ["flow", "flow_sample"])
+def test_a_budget_counts_the_regions_that_the_default_sampler_visits(objective: str) -> None:
+    """Of 20 steps, some stand on the edge of a region for one sampler and below it for another."""
+    transformer = get_backbone("dit").tiny()
+    run = budget_run({"objective": {"name": objective}}, transformer, BudgetSettings(steps=20))
+    pipe = build_pipeline(transformer, make_scheduler(default_sampler(objective), objective))
+    visited = replace(run, noise_levels=prompted_levels(pipe, 20))
+    assert run.region_counts(4) == visited.region_counts(4)
+    assert run.noise_levels == pytest.approx(visited.noise_levels)
