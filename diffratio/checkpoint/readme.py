@@ -11,7 +11,7 @@ from diffratio.routing.schedule import Table
 _TEMPLATE = """---
 license: {licence}
 library_name: {library}
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 ---
 # {name}
 
@@ -90,6 +90,7 @@ def render_readme(
         name=card.name,
         licence=card.licence.lower(),
         library="diffratio" if card.kind == "routed" or base is not None else "diffusers",
+        task="text-to-image" if text else "unconditional-image-generation",
         kind_line=line,
         backbone=card.backbone,
         objective=card.objective,
