@@ -34,7 +34,7 @@ import diffratio
 from diffratio.backbones import backbone_of
 from diffratio.errors import DiffratioError
 from diffratio.methods import config_from_json, config_to_json, methods
-from diffratio.surgery import attachment, compile_, is_applied
+from diffratio.surgery import attachment, compile_, is_applied, is_measured
 
 each_case = pytest.mark.parametrize(("row", "backbone"), CASES, ids=IDS)
 
@@ -312,8 +312,9 @@ def test_summary_names_the_method_and_the_tokens(row: Row, backbone: str) -> Non
     text = diffratio.summary(transformer, steps=8)
     assert type(row.config()).__name__ in text
     fraction = diffratio.macs(transformer, steps=8).fraction
-    assert f"({fraction:.3f})" in text
-    assert text.count("\n  block ") == 3
+    measured = is_measured(transformer)  # then what a block computes differs from sample to sample
+    assert f"({fraction:.3f}{', measured' if measured else ''})" in text
+    assert text.count("\n  block ") == (0 if measured else 3)
 
 
 @each_case
@@ -324,6 +325,8 @@ def test_fsdp_may_put_its_class_in_front(row: Row, backbone: str) -> None:
     for module in (*backbone_of(transformer).blocks(transformer), transformer):
         module.__class__ = type("Sharded" + type(module).__name__, (_Marker, type(module)), {})
     assert torch.equal(forward(transformer), expected)
+    if is_measured(transformer):  # its library counts forwards
+        return
     transformer.enable_gradient_checkpointing()
     assert torch.equal(
         forward(train_(transformer, row.ratios)).detach(), forward(applied(row, backbone).train(row.ratios))

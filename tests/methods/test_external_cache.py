@@ -190,7 +190,7 @@ def test_no_hook_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(external_caches, "find_spec", lambda name: None)
     with pytest.raises(DiffratioError, match=r"'cache_dit' needs cache-dit: pip install 'diffratio\[peers\]'"):
-        diffratio.apply_(model(), diffratio.ExternalCache("cache_dit"))
+        diffratio.apply_(model("pixart"), diffratio.ExternalCache("cache_dit"))
 
 
 def test_a_cache_that_was_enabled_before_is_refused() -> None:
@@ -240,7 +240,8 @@ def test_separate_halves_are_refused() -> None:
 
 @pytest.mark.parametrize("name", [one for one in DIT if one != "cache_dit"])
 def test_budgets_are_met_on_counted_runs(name: str) -> None:
-    transformer, budget = model(num_layers=6), 0.9 if name in ("pyramid_attention_broadcast", "faster_cache") else 0.765
+    coarse = {"pyramid_attention_broadcast": 0.9, "faster_cache": 0.9, "taylorseer_cache": 0.765}
+    transformer, budget = model(num_layers=6), coarse.get(name, 0.76)
     run = run_of(transformer, 10)
     config: Any = diffratio.for_budget(f"external_cache:{name}", transformer, budget, run=run)
     assert config.cache == name and not surgery.is_applied(transformer)
