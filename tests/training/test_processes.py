@@ -131,7 +131,13 @@ def test_ddp_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("timesteps", ["iid", "one_region"])
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        pytest.param("iid", marks=pytest.mark.xfail(strict=True, reason="a known fault: another schedule is learned")),
+        "one_region",
+    ],
+)
 @pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp2"])
 def test_accumulated_and_regional_batches(data: Path, tmp_path: Path, strategy: list[str], timesteps: str) -> None:
     """Two processes with two micro-batches of 2 are one with a batch of 8, but where a draw belongs to a micro-batch.
@@ -202,7 +208,7 @@ def test_pictures_that_do_not_divide(data: Path, tmp_path: Path) -> None:
     """200 pictures, 60 held out: neither is a multiple of 2 x 7, and every process must see equally many batches."""
     for strategy in (DDP, FSDP):
         settings = ["data.batch_size=7", "trainer.limit_val_batches=1.0", "trainer.max_steps=32"]
-        run = run_of(data, tmp_path / strategy[0], *strategy, *settings, "trainer.val_check_interval=16")
+        run = run_of(data, tmp_path / strategy[0].split("=")[-1], *strategy, *settings, "trainer.val_check_interval=16")
         assert read_json(run / "result.json", "result")["steps"] == 32
 
 
