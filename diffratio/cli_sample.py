@@ -32,7 +32,7 @@ def sampled(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
     from diffratio.checkpoint import SamplerSettings, load_pipeline, read_card, resolve
-    from diffratio.sampling.generate import generate, sample_grid, save_npz
+    from diffratio.sampling.generate import generate, sample_grid, save_npz, usable_device
     from diffratio.sampling.known import triples
 
     place = resolve(args.folder)
@@ -42,7 +42,7 @@ def sampled(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     steps = defaults.steps if args.steps is None else args.steps
     guidance = defaults.guidance_scale if args.guidance is None else args.guidance
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(place, device=_device(device), parts=args.parts)
+    pipe = load_pipeline(place, device=usable_device(device, f"--device {device!r}"), parts=args.parts)
     shown = _held_out(pipe, args, card, n)
     if shown is not None and labels is None:
         labels = list(shown.captions) or None
@@ -173,13 +173,3 @@ def _labels(text: str | None) -> list[int | str] | None:
     if not all(labels):
         raise DiffratioError(f"--labels {text!r} holds an empty name; give class names or numbers such as 0,3,5")
     return [int(label) if label.isdecimal() else label for label in labels]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise DiffratioError(f"--device {name!r} is not available here; `diffratio doctor` lists the devices") from None
-    return name

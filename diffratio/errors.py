@@ -7,6 +7,12 @@ import os
 from collections.abc import Iterable
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """How a value is shown in a message: its repr, cut to so many characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def speaks() -> bool:
     """Whether this is the one of several processes that answers, by what torchrun, Lightning or srun has told it."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):

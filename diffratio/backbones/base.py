@@ -24,6 +24,11 @@ _REGISTERED: dict[str, Backbone] = {}
 B = TypeVar("B", bound="type[Backbone]")
 
 
+def notes_in(config: Mapping[str, Any]) -> dict[str, int]:
+    """The notes of a configuration from a file; what is no integer from 1 is none."""
+    return {note: config[note] for note in NOTES if type(config.get(note)) is int and config[note] > 0}
+
+
 class Backbone(ABC):
     """Everything that the rest of the package knows about a transformer family.
 

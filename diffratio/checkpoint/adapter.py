@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
-from diffratio.backbones.base import NOTES
+from diffratio.backbones.base import NOTES, notes_in
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import Card
 from diffratio.checkpoint.readme import render_readme
@@ -155,9 +155,7 @@ def load_adapter(
             )
     peft = require_peft()
     transformer = _base_transformer(document, folder, base)
-    notes = document.get("notes") or {}
-    noted = {note: notes[note] for note in NOTES if type(notes.get(note)) is int and notes[note] > 0}
-    transformer.register_to_config(**noted)  # type: ignore[operator]
+    transformer.register_to_config(**notes_in(document.get("notes") or {}))  # type: ignore[operator]
     try:
         if document["method"] is not None:
             apply_(transformer, config_from_json(document["method"]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of, get_backbone
-from diffratio.backbones.base import NOTES, Backbone, backbone_of_class
+from diffratio.backbones.base import Backbone, backbone_of_class, notes_in
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.adapter import base_place, load_adapter
 from diffratio.checkpoint.bounds import check_shapes, check_sizes
@@ -270,8 +270,7 @@ def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Modu
     check_sizes(config, path)
     try:
         transformer = backbone.from_config(public(config))
-        noted = {note: config.get(note) for note in NOTES if type(config.get(note)) is int and config[note] > 0}
-        transformer.register_to_config(**noted)  # type: ignore[operator]
+        transformer.register_to_config(**notes_in(config))  # type: ignore[operator]
         return transformer
     except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
         raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {error}") from None

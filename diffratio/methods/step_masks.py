@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffratio.cost.macs import Description
 from diffratio.cost.run import SamplingRun
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 from diffratio.methods.step_schedule import COMPUTE, REUSE, StepSchedule
 
 TIMESTEPS = 1000  # that published lists of timesteps count
@@ -48,7 +48,7 @@ def from_mask(
     """
     given = list(numbers)
     if not given or any(type(one) is not int or one < 0 for one in given):
-        raise DiffratioError(f"{where}: it takes {FORMS}; got {_short(given)}")
+        raise DiffratioError(f"{where}: it takes {FORMS}; got {shortened(given)}")
     rises = all(a < b for a, b in zip(given, given[1:], strict=False))
     falls = all(a > b for a, b in zip(given, given[1:], strict=False))
     levels = run.noise_levels
@@ -60,7 +60,7 @@ def from_mask(
     elif falls and given[0] < TIMESTEPS:
         kept = {min(range(run.steps), key=lambda step: abs(levels[step] - t / TIMESTEPS)) for t in given}
     else:
-        raise DiffratioError(f"{where}: it takes {FORMS}; the run has {run.steps} steps, got {_short(given)}")
+        raise DiffratioError(f"{where}: it takes {FORMS}; the run has {run.steps} steps, got {shortened(given)}")
     actions = [COMPUTE if step in kept else cached for step in range(len(levels))]
     if actions[0] != COMPUTE:
         raise DiffratioError(f"{where}: its first step is not computed, and nothing is stored before it")
@@ -84,7 +84,7 @@ def read_mask(path: str | Path, description: Description, run: SamplingRun) -> S
     except ValueError:
         words = re.split(r"[\s,;]+", text.strip().strip("[]"))
         if not all(word.isdecimal() for word in words):
-            raise DiffratioError(f"{where}: it takes {FORMS}; got {_short(text.strip())}") from None
+            raise DiffratioError(f"{where}: it takes {FORMS}; got {shortened(text.strip())}") from None
         numbers = [int(word) for word in words]
     if not isinstance(numbers, list):
         numbers = [numbers]
@@ -109,8 +109,3 @@ def _levels(levels: Sequence[float], steps: int) -> tuple[float, ...]:
         low = min(int(place), len(levels) - 1)
         found.append(ends[low] + (place - low) * (ends[low + 1] - ends[low]))
     return tuple(found)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffratio.backbones import backbone_of
 from diffratio.backbones.base import Backbone
+from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.sampling.schedulers import is_flow, noise_levels, set_steps
 
@@ -98,6 +99,20 @@ def prompted_levels(pipe: Any, steps: int) -> tuple[float, ...]:
     else:
         set_steps(scheduler, steps)
     return noise_levels(scheduler)
+
+
+def dense_run(pipe: Any, steps: int, guidance_scale: float) -> SamplingRun:
+    """The run of a dense pipeline: the levels that it visits, on the model's own grid.
+
+    Args:
+        pipe: attached or not.
+        steps: evaluated steps.
+        guidance_scale: above 1 both guidance halves are evaluated, where the family has them.
+    """
+    backbone = backbone_of(pipe.transformer)
+    guidance: Guidance = "cfg" if guidance_scale > 1 and backbone.guidance_order != "one" else "none"
+    grid, text = backbone.grid(pipe.transformer), backbone.text_tokens(pipe.transformer)
+    return SamplingRun(prompted_levels(pipe, steps), grid, guidance, text)
 
 
 def pipeline_guidance(backbone: Backbone) -> float:

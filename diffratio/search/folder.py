@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 from diffratio.files import read_json, writable_folder, write_json
 
 FORMAT, VERSION, FILE = "diffratio step search", 1, "search.json"
@@ -47,8 +47,8 @@ class SearchFolder:
         for key in {**then, **self.definition}:
             if then.get(key) != self.definition.get(key):
                 raise DiffratioError(
-                    f"{str(self.path)!r} was begun with {key}={_short(then.get(key))}, now it is "
-                    f"{_short(self.definition.get(key))}; choose another out=FOLDER (generations may be added)"
+                    f"{str(self.path)!r} was begun with {key}={shortened(then.get(key), 60)}, now it is "
+                    f"{shortened(self.definition.get(key), 60)}; choose another out=FOLDER (generations may be added)"
                 )
         if not all(math.isfinite(value) for value in known.values()):
             raise DiffratioError(f"{str(file)!r} is damaged (an error is not finite); choose another folder")
@@ -60,8 +60,3 @@ class SearchFolder:
         writable_folder(self.path)
         document = {"format": FORMAT, "version": VERSION, "settings": self.definition, "evaluated": self.known}
         write_json(self.path / FILE, document)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from diffratio import surgery
-from diffratio.backbones import backbone_of
-from diffratio.cost.run import Guidance, SamplingRun
 from diffratio.errors import DiffratioError
 from diffratio.methods.dato import DaTo, DaToMethod
 from diffratio.methods.fewer_steps import FewerSteps, FewerStepsMethod
 from diffratio.methods.step_schedule import StepChoice, StepSchedule
-from diffratio.sampling.generate import generate
-from diffratio.sampling.prompted import prompted_levels
+from diffratio.sampling.generate import generate, usable_device
+from diffratio.sampling.prompted import dense_run
 from diffratio.search.settings import SearchSettings
 from diffratio.tokens.matching import mixed_seed
 
@@ -34,10 +32,7 @@ class Judge:
 
     def __init__(self, pipe: Any, settings: SearchSettings) -> None:
         self.pipe, self.settings = pipe, settings
-        backbone = backbone_of(pipe.transformer)
-        guided: Guidance = "cfg" if settings.guidance_scale > 1 and backbone.guidance_order != "one" else "none"
-        grid, text = backbone.grid(pipe.transformer), backbone.text_tokens(pipe.transformer)
-        self.run = SamplingRun(prompted_levels(pipe, settings.steps), grid, guided, text)
+        self.run = dense_run(pipe, settings.steps, settings.guidance_scale)
         self.description = surgery.describe(pipe.transformer)
         self.digest = surgery.weights_digest(pipe.transformer)
         self._dense: dict[bool, Tensor] = {}
@@ -110,11 +105,7 @@ def load_judge(settings: SearchSettings) -> Judge:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise DiffratioError(f"device={device!r} is not available here; `diffratio doctor` lists the devices") from None
-    pipe = load_pipeline(settings.weights, device=device, parts=settings.parts)
+    pipe = load_pipeline(settings.weights, device=usable_device(device, f"device={device!r}"), parts=settings.parts)
     if surgery.is_applied(pipe.transformer):
         raise DiffratioError(f"weights={settings.weights!r} is a routed checkpoint; search takes a dense one")
     if inpaints(pipe.transformer):

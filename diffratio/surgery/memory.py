@@ -12,6 +12,7 @@ from torch import Tensor
 from diffratio.cost.run import Halves
 from diffratio.errors import DiffratioError
 from diffratio.methods.actions import Skip
+from diffratio.methods.results import of_halves
 
 Streams = tuple[Tensor | None, ...]  # what enters or leaves a block, one tensor a stream; None where a stream ends
 
@@ -32,13 +33,9 @@ class Residual:
 
     def seen_from(self, wanted: Halves) -> Streams | None:
         """For the halves of another forward; a missing unconditional half takes the conditional one's."""
-        if wanted == self.halves:
-            return self.streams
-        if wanted == "cond" and self.halves in ("cond_first", "uncond_first"):
-            return tuple(None if one is None else conditional(one, self.halves) for one in self.streams)
-        if wanted in ("cond_first", "uncond_first") and self.halves == "cond":
-            return tuple(None if one is None else torch.cat([one, one]) for one in self.streams)
-        return None
+        if wanted != self.halves and {wanted, self.halves} not in ({"cond", "cond_first"}, {"cond", "uncond_first"}):
+            return None
+        return tuple(None if one is None else of_halves(self.halves, one, wanted) for one in self.streams)
 
 
 class StepMemory:

@@ -17,7 +17,7 @@ from diffratio.backbones import backbone_of
 from diffratio.checkpoint import load_pipeline, read_card, resolve
 from diffratio.checkpoint.parts import scheduler_of
 from diffratio.cost.macs import Cost
-from diffratio.cost.run import Guidance, SamplingRun
+from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm, method_and_file
 from diffratio.evaluation.records import Arm, record_id
@@ -28,7 +28,7 @@ from diffratio.methods.dense import Dense
 from diffratio.methods.fewer_steps import FewerSteps
 from diffratio.methods.step_front import FRONT_FILE
 from diffratio.sampling.generate import generate
-from diffratio.sampling.prompted import prompted_levels
+from diffratio.sampling.prompted import dense_run
 from diffratio.sampling.schedulers import objective_of
 from diffratio.sensitivity import CALIBRATED, Sensitivity, find_map, required_map, solved
 
@@ -143,7 +143,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     """
     base = _load(settings.weights, "weights", device, settings.parts)
     shared = base if hasattr(base, "text_encoder") else None  # one text encoder and VAE for all arms
-    run = _dense_run(base, settings)
+    run = dense_run(base, settings.steps, settings.guidance_scale)
     objective = _objective(settings.weights) or objective_of(base.scheduler)
     found = [_ready(base, Arm(DENSE, settings.weights, {"name": DENSE}, weights_sha256=_digest(settings.weights)), run)]
     controls: list[Contender] = []
@@ -320,13 +320,6 @@ def _load(source: str, key: str, device: str, parts: Any = None) -> Any:
             f"{key}={source!r} is a routed checkpoint; it takes a dense one, and this goes into routed=[...]"
         )
     return pipe
-
-
-def _dense_run(pipe: Any, settings: CompareSettings) -> SamplingRun:
-    backbone = backbone_of(pipe.transformer)
-    grid, text = backbone.grid(pipe.transformer), backbone.text_tokens(pipe.transformer)
-    guidance: Guidance = "cfg" if settings.guidance_scale > 1 and backbone.guidance_order != "one" else "none"
-    return SamplingRun(prompted_levels(pipe, settings.steps), grid, guidance, text)
 
 
 def _unique(name: str, taken: set[str]) -> str:

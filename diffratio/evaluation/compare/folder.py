@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 from diffratio.evaluation.compare.arms import Contender
 from diffratio.evaluation.records import Record, read_records, write_record
 from diffratio.files import atomic_file, read_json, writable_folder, write_json
@@ -64,7 +64,7 @@ class ComparisonFolder:
             old, new = before.get(key), self.definition.get(key)
             if old != new:
                 raise DiffratioError(
-                    f"{str(self.path)!r} was begun with {key}={_short(old)}, now it is {_short(new)}; "
+                    f"{str(self.path)!r} was begun with {key}={shortened(old)}, now it is {shortened(new)}; "
                     "choose another paths.output_dir (arms, budgets and seeds may be added)"
                 )
 
@@ -85,8 +85,8 @@ class ComparisonFolder:
             for key, value in now.items():
                 if then[key] != value:
                     raise DiffratioError(
-                        f"record {record.id!r} was measured with {key}={_short(then[key])}, now it is {_short(value)}; "
-                        "choose another paths.output_dir"
+                        f"record {record.id!r} was measured with {key}={shortened(then[key])}, now it is "
+                        f"{shortened(value)}; choose another paths.output_dir"
                     )
         return {one.id(seed) for seed, one in cells if one.id(seed) in records}
 
@@ -136,8 +136,3 @@ class ComparisonFolder:
 
         with atomic_file(self.path / "cache" / f"{name}.safetensors") as temporary:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"key": self._key})
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
