@@ -9,7 +9,14 @@ from diffratio.errors import DiffratioError
 
 @dataclass(frozen=True)
 class Reuse:
-    """The last output is returned, nothing is computed; for DDIM (eta 0) and flow Euler that drops the timestep."""
+    """The last output is returned, nothing is computed; for DDIM (eta 0) and flow Euler that drops the timestep.
+
+    Args:
+        extrapolate: whether it is carried on linearly from the last two computed outputs, by noise level; where there
+            is only one, it is used as it is.
+    """
+
+    extrapolate: bool = False
 
 
 @dataclass(frozen=True)

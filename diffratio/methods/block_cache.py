@@ -13,7 +13,7 @@ from diffratio.methods.actions import Reuse, Skip, StepAction
 from diffratio.methods.base import Method, MethodConfig, check_budget, register
 from diffratio.methods.intervals import computed, inner_blocks
 from diffratio.methods.merging import Ladder, check_count, dearest_on_ladders, whole
-from diffratio.methods.step_schedule import COMPUTE, EXTRAPOLATE, REUSE, SKIP, check_actions
+from diffratio.methods.step_schedule import COMPUTE, CONTINUE, EXTRAPOLATE, REUSING, SKIP, check_actions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BlockCache(MethodConfig):
         window: noise levels (low, high), both included, outside of which every step is full; None is [0, 1].
         full_steps: further steps that are full, by index from 0. Step 0 always is.
         actions: one letter a step instead of `every`: C computes, S skips the range, E skips it and extrapolates, R
-            reuses the last output; step 0 is C. A tuple, or one string.
+            reuses the last output, X extrapolates the last two; step 0 is C. A tuple, or one string.
         mix: steps take turns between the two whole numbers of blocks next to a fractional `last`, so that budgets are
             met finely; otherwise it is rounded.
 
@@ -131,10 +131,10 @@ class BlockCacheMethod(Method):
                     f"block_cache and {other.name} both decide which steps are computed; take one of them"
                     + (", or dato with mode=prune" if other.name == "dato" else "")
                 )
-            if REUSE in (self.config.actions or ()) and other.stateful and other.token_level:
+            if set(REUSING) & set(self.config.actions or ()) and other.stateful and other.token_level:
                 raise DiffratioError(
-                    f"block_cache reuses outputs (action R) and {other.name} must see every step; take S or E, or "
-                    "another token-level method"
+                    f"block_cache reuses outputs (actions R and X) and {other.name} must see every step; take S or E, "
+                    "or another token-level method"
                 )
 
     def action(self, step: int, run: SamplingRun) -> StepAction | None:
@@ -164,8 +164,8 @@ def _actions(config: BlockCache, layers: int, noise_levels: tuple[float, ...]) -
     for letter in config.letters(noise_levels):
         if letter == COMPUTE:
             found.append(None)
-        elif letter == REUSE:
-            found.append(Reuse())
+        elif letter in REUSING:
+            found.append(Reuse(letter == CONTINUE))
         else:
             last = whole(amount, turn, config.mix) - 1
             found.append(Skip(first, last, letter == EXTRAPOLATE) if last >= first else None)

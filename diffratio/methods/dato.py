@@ -22,7 +22,7 @@ from diffratio.methods.intervals import inner_blocks
 from diffratio.methods.merging import RunState, dearest_on_ladders, same_samples
 from diffratio.methods.predictions import token_distance
 from diffratio.methods.results import numbers_of_sites, of_halves
-from diffratio.methods.step_schedule import COMPUTE, EXTRAPOLATE, REUSE
+from diffratio.methods.step_schedule import COMPUTE, CONTINUE, EXTRAPOLATE, REUSING
 from diffratio.tokens.matching import seeded_normal, seeded_uniform
 from diffratio.tokens.plan import AttentionPlan, KeepPlan, Plan
 from diffratio.tokens.pruning import CELL, StoredPlan, all_tokens, base_tokens, prune_similar
@@ -96,8 +96,8 @@ class DaToMethod(Method):
         letter = self.config.choices(run.steps)[step].action
         if letter == COMPUTE:
             return None
-        if letter == REUSE:
-            return Reuse()
+        if letter in REUSING:
+            return Reuse(letter == CONTINUE)
         first, last = self.config.skipped(self.description)
         return Skip(first, last, letter == EXTRAPOLATE)
 

@@ -36,7 +36,8 @@ class DaTo(MethodConfig):
             both intervals occur.
         ratio: without a schedule, fraction of the image tokens pruned in computed steps, 0..0.75; higher prunes more.
         action: without a schedule, what the other steps do: `S` the first and last blocks run and the stored residual
-            of the rest is added, `E` the same with the residual extrapolated, `R` the last output is reused.
+            of the rest is added, `E` the same with the residual extrapolated, `R` the last output is reused,
+            `X` the last two outputs are extrapolated.
         schedule: an action and a ratio for each step (a search's result); it takes the place of the three above.
         mode: `both`; `cache` prunes nothing, `prune` computes every step.
         scope: `attn` (self-attention), `attn_q` (its queries alone; keys and values stay full), `attn_ff` (the MLP

@@ -16,13 +16,16 @@ from diffratio.errors import DiffratioError
 from diffratio.files import write_json
 
 FORMAT, VERSION = "diffratio step schedule", 1
-COMPUTE, SKIP, EXTRAPOLATE, REUSE = "C", "S", "E", "R"
+COMPUTE, SKIP, EXTRAPOLATE, REUSE, CONTINUE = "C", "S", "E", "R", "X"
 ACTIONS = {
     COMPUTE: "compute",
     SKIP: "skip blocks and add their stored residual",
     EXTRAPOLATE: "the same with the residual extrapolated",
     REUSE: "reuse the last output",
+    CONTINUE: "extrapolate the last two outputs",
 }
+REUSING = (REUSE, CONTINUE)  # nothing is computed
+EXTRAPOLATING = {EXTRAPOLATE: SKIP, CONTINUE: REUSE}  # and what each is until two steps were computed
 HIGHEST = 0.75  # most that is pruned: a quarter of the tokens are base tokens
 FURTHEST = 4  # a schedule is carried over to at most so many times more, or fewer, steps
 
@@ -33,7 +36,7 @@ class StepChoice:
 
     Args:
         action: `C` compute, `S` skip blocks and add their stored residual, `E` the same with the residual extrapolated,
-            `R` reuse the last output.
+            `R` reuse the last output, `X` extrapolate it from the last two computed ones.
         ratio: fraction of the image tokens pruned in a computed step, 0..0.75; higher prunes more.
     """
 
@@ -53,7 +56,7 @@ class StepChoice:
 
 
 def check_action(action: Any, where: str) -> None:
-    """Raises DiffratioError for what is not one of the four letters."""
+    """Raises DiffratioError for what is not one of the letters."""
     if not isinstance(action, str) or action not in ACTIONS:
         meanings = ", ".join(f"{letter} ({meaning})" for letter, meaning in ACTIONS.items())
         raise DiffratioError(f"{where}: unknown action {action!r}; known are {meanings}")

@@ -10,7 +10,7 @@ from typing import Any
 from diffratio.errors import DiffratioError, shortened
 from diffratio.files import read_json, writable_folder, write_json
 
-FORMAT, VERSION, FILE = "diffratio step search", 1, "search.json"
+FORMAT, VERSION, FILE = "diffratio step search", 2, "search.json"
 
 
 class SearchFolder:
@@ -27,6 +27,7 @@ class SearchFolder:
     def __init__(self, path: str | Path, definition: Mapping[str, Any]) -> None:
         self.path, self.definition = Path(path), dict(definition)
         self.known: dict[str, float] = {}
+        self.timetables: dict[str, list[tuple[int, ...]]] | None = None
         if (self.path / FILE).is_file():
             self.known = self._read()
         elif self.path.is_file():
@@ -40,6 +41,10 @@ class SearchFolder:
             if (document["format"], document["version"]) != (FORMAT, VERSION):
                 raise DiffratioError(f"{str(file)!r} is not a search of this release; choose another out=FOLDER")
             then, known = dict(document["settings"]), {str(k): float(v) for k, v in document["evaluated"].items()}
+            self.timetables = {
+                str(kind): [tuple(int(step) for step in table) for table in tables]
+                for kind, tables in document["timetables"].items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, DiffratioError):
                 raise
@@ -58,5 +63,11 @@ class SearchFolder:
         """Keeps an evaluation, at once: a job that is killed loses the one under way."""
         self.known[key] = error
         writable_folder(self.path)
-        document = {"format": FORMAT, "version": VERSION, "settings": self.definition, "evaluated": self.known}
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.definition,
+            "timetables": self.timetables or {},
+            "evaluated": self.known,
+        }
         write_json(self.path / FILE, document)

@@ -17,8 +17,10 @@ from diffratio.methods.step_schedule import StepChoice, StepSchedule
 from diffratio.sampling.generate import generate, usable_device
 from diffratio.sampling.prompted import dense_run
 from diffratio.search.settings import SearchSettings
+from diffratio.search.timetable import KINDS, Drift, Timetable, recorded, timetables
 from diffratio.tokens.matching import mixed_seed
 
+TRACED = 8  # samples whose outputs say which steps to start from
 NOISE = 0x5EA4  # keeps the search's noise apart from that of comparisons with the same seed
 
 
@@ -80,6 +82,19 @@ class Judge:
             if applied:
                 surgery.remove_(self.pipe)
         return found.nan_to_num(0.0)  # a schedule that overflows is far from the dense images, not an end of the search
+
+    def timetables(self) -> dict[str, list[Timetable]]:
+        """Computed steps from which the search starts, by what is done with the others: `reused`, `extrapolated`."""
+        count = min(self.settings.n, TRACED)
+
+        def sample() -> object:
+            return generate(
+                self.pipe, count, seed=mixed_seed(self.settings.seed, NOISE), batch_size=count,
+                steps=self.settings.steps, guidance_scale=self.settings.guidance_scale, quiet=True, distributed=False,
+            )  # fmt: skip
+
+        trace = recorded(self.pipe.scheduler, sample)
+        return {kind: timetables(Drift(trace, self.run.noise_levels, kind == "extrapolated")) for kind in KINDS}
 
     def _seen(self, images: Tensor) -> Tensor:
         if self.settings.error == "mse":

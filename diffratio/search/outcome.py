@@ -12,13 +12,18 @@ from diffratio.files import atomic_file, write_json
 from diffratio.methods.dato import DaTo
 from diffratio.methods.fewer_steps import FewerSteps
 from diffratio.methods.step_front import StepFront
-from diffratio.methods.step_schedule import COMPUTE, EXTRAPOLATE, REUSE, SKIP
+from diffratio.methods.step_schedule import COMPUTE, CONTINUE, EXTRAPOLATE, REUSE, SKIP
 from diffratio.search.judge import Judge, parts_of
 from diffratio.search.settings import SearchSettings
 
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the steps that uniform schedules compute
 HALF = 0.5  # the budget at which a schedule is taken apart
-NAMES = {SKIP: "uniform interval", EXTRAPOLATE: "uniform interval, extrapolated", REUSE: "uniform interval, reused"}
+NAMES = {
+    SKIP: "uniform interval",
+    EXTRAPOLATE: "uniform interval, extrapolated",
+    REUSE: "uniform interval, reused",
+    CONTINUE: "uniform interval, outputs extrapolated",
+}
 FEWER = "uniform fewer steps"
 
 
@@ -37,13 +42,10 @@ def baselines(settings: SearchSettings) -> list[tuple[str, DaTo | FewerSteps]]:
     found: list[tuple[str, DaTo | FewerSteps]] = []
     for count in sorted(counts, reverse=True):
         found.append((FEWER, FewerSteps(keep=count / settings.steps)))
-        for action in (SKIP, EXTRAPOLATE):
-            if action in settings.allowed_actions:
+        for action in settings.allowed_actions:
+            if action != COMPUTE:
                 every = settings.steps / count
                 found.append((NAMES[action], DaTo(every=every, ratio=0.0, action=action, mode="cache")))
-        if settings.allowed_actions == (COMPUTE, REUSE):
-            every = settings.steps / count
-            found.append((NAMES[REUSE], DaTo(every=every, ratio=0.0, action=REUSE, mode="cache")))
     return found
 
 

@@ -98,7 +98,9 @@ class _Search:
         own = self.settings
         if self.folder.before:
             self.say(f"{self.folder.before} evaluations stand already; they are not repeated")
-        first = self.space.population(own.population, own.seed)
+        if self.folder.timetables is None:  # kept with the folder: a rerun starts from the same ones anywhere
+            self.folder.timetables = self.judge.timetables()
+        first = self.space.population(own.population, own.seed, self.folder.timetables)
         others = baselines(own)
         self.held_out_ahead = len(others) + own.population  # about as many as the front will have
         evolve(self.space, first, own.population, own.generations, own.seed, self._objectives, self._after)

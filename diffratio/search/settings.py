@@ -31,7 +31,7 @@ class SearchSettings:
         generations: populations that are evaluated, the first one included.
         population: schedules in each.
         seed: of the search and of its noise.
-        actions: that steps may take, among C, S, E, R; C must be one of them.
+        actions: that steps may take, among C, S, E, R, X; C must be one of them.
         ratios: fractions of the tokens that a computed step may prune, beside 0; empty prunes nothing.
         error: `mse` of the images in [-1, 1], or of their EfficientNet-Lite0 `features`.
         held_out_n: samples on other noise, on which the front and the baselines are compared at the end.
@@ -50,7 +50,7 @@ class SearchSettings:
     generations: int = 12
     population: int = 24
     seed: int = 0
-    actions: tuple[str, ...] = (COMPUTE, "S", "E", REUSE)
+    actions: tuple[str, ...] = tuple(ACTIONS)
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
     error: str = "mse"
     held_out_n: int = 16

@@ -1,4 +1,4 @@
-"""What surgery keeps from step to step of one run: the last output, and residuals of block ranges at full length."""
+"""What surgery keeps from step to step of one run: the last two outputs, and block ranges' residuals at full length."""
 
 from __future__ import annotations
 
@@ -49,26 +49,33 @@ class StepMemory:
         self.depths: dict[tuple[int, int], int] = {}
         for one in ranges:
             self.depths[one.blocks] = max(self.depths.get(one.blocks, 1), 2 if one.extrapolate else 1)
-        self._outputs: dict[Halves, Tensor] = {}
+        self._outputs: dict[Halves, list[tuple[float, Tensor]]] = {}  # newest last
         self._entered: dict[tuple[int, int], Streams] = {}
         # newest last; an unconditional half in a forward of its own is kept apart from everything else
         self._residuals: dict[tuple[tuple[int, int], bool], list[Residual]] = {}
 
-    def keep_output(self, output: Tensor, halves: Halves) -> None:
-        """Keeps the prediction (B, ...) of an evaluated step."""
-        self._outputs[halves] = output.detach()
+    def keep_output(self, output: Tensor, halves: Halves, level: float = 0.0) -> None:
+        """Keeps the prediction (B, ...) of an evaluated step, at a noise level."""
+        kept = self._outputs.setdefault(halves, [])
+        if kept and kept[-1][0] == level:  # the same step, forwarded once more
+            kept.pop()
+        kept.append((level, output.detach()))
+        del kept[:-2]
 
-    def output(self, batch: int, halves: Halves) -> Tensor:
-        """The last prediction.
+    def output(self, batch: int, halves: Halves, level: float | None = None) -> Tensor:
+        """The last prediction, or with a noise level what the last two say for it.
 
         Raises:
             DiffratioError: no step was evaluated before, or it had another batch.
         """
         kept = self._outputs.get(halves)
-        if kept is None:
+        if not kept:
             raise DiffratioError("a step reuses the last output and none was computed in this run: step 0 must be full")
-        _check_batch(kept, batch)
-        return kept
+        (end, last), before = kept[-1], kept[:-1]
+        _check_batch(last, batch)
+        if level is None or not before:
+            return last
+        return _lerp(before[0][1], last, _weight(before[0][0], end, level))
 
     def enter(self, layer: int, streams: Streams) -> None:
         """A block of an evaluated step is entered."""
@@ -119,12 +126,16 @@ def _extrapolated(kept: Sequence[Residual], newest: Streams, halves: Halves, lev
     older = kept[-2].seen_from(halves) if len(kept) > 1 else None
     if older is None:
         return newest
-    start, end = kept[-2].level, kept[-1].level
-    weight = 1 + (level - end) / (end - start)  # equal levels never stand beside each other
+    weight = _weight(kept[-2].level, kept[-1].level, level)
     return tuple(
         None if before is None or after is None else _lerp(before, after, weight)
         for before, after in zip(older, newest, strict=True)
     )
+
+
+def _weight(start: float, end: float, level: float) -> float:
+    """Of the newer one of two values at noise levels; equal levels never stand beside each other."""
+    return 1 + (level - end) / (end - start)
 
 
 def _lerp(before: Tensor, after: Tensor, weight: float) -> Tensor:

@@ -40,7 +40,8 @@ class TransformerMixin(Converted):
         held = state.halves or context.halves  # by the batch as it came
         batch = arguments["hidden_states"].shape[0]
         if isinstance(state.action, Reuse):
-            return _wrapped(state.memory.output(batch, held), arguments)
+            level = context.noise_level if state.action.extrapolate else None
+            return _wrapped(state.memory.output(batch, held, level), arguments)
         single = context.halves == "cond" and held in BATCHED
         if single:
             for name in state.backbone.batched:
@@ -55,7 +56,7 @@ class TransformerMixin(Converted):
             prediction = torch.cat([prediction, prediction])
             output = _wrapped(prediction, arguments)
         if context.run is not None:
-            state.memory.keep_output(prediction, held)
+            state.memory.keep_output(prediction, held, context.noise_level or 0.0)
         return output
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

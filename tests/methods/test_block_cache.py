@@ -52,6 +52,7 @@ def test_settings_say_what_each_step_does() -> None:
     ends = actions(every=6, first=1, last=0.6, mix=True)[1:]  # 1.4 blocks in the mean, of 5 steps
     assert [one.last for one in ends].count(2) == 2 and [one.last for one in ends].count(1) == 3
     letters = [None, Skip(1, 2), Reuse(), None, Skip(1, 2, True), Reuse()]
+    assert actions(actions="CXCCXR")[1:5] == [Reuse(True), None, None, Reuse(True)]
     assert actions(actions="CSRCER") == actions(actions=tuple("CSRCER")) == letters
 
 

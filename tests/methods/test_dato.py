@@ -207,7 +207,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         with pytest.raises(DiffratioError, match="both decide which steps.*mode=prune"):
             diffratio.apply_(dit(), pair)
     diffratio.apply_(dit(), [cache, diffratio.DaTo(mode="prune")])
-    with pytest.raises(DiffratioError, match="reuses outputs .action R. and sdtm must see every step"):
+    with pytest.raises(DiffratioError, match="reuses outputs .actions R and X. and sdtm must see every step"):
         diffratio.apply_(dit(), [diffratio.BlockCache(actions=("C", "R")), diffratio.SDTM()])
     sd3 = diffratio.backbones.get_backbone("sd3").tiny(dual_attention_layers=(1,))
     with pytest.raises(DiffratioError, match="fill=cached keeps one result a site.*second attention"):

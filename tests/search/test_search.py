@@ -144,7 +144,7 @@ def test_dropping_steps_is_a_schedule_of_c_and_r(weights: str, tmp_path: Path) -
         ({"population": -3}, "population=-3 must be a whole number of at least 4"),
         ({"generations": 0}, "generations=0 must be"),
         ({"method": "tome"}, "unknown method to search 'tome'"),
-        ({"actions": ["C", "X"]}, "unknown action 'X'"),
+        ({"actions": ["C", "Z"]}, "unknown action 'Z'"),
         ({"actions": ["S"]}, "lacks C"),
         ({"actions": ["C"], "ratios": []}, "there is one schedule"),
         ({"ratios": [0.9]}, "ratio 0.9 is outside"),

@@ -41,6 +41,44 @@ def test_reusing_every_second_output_equals_half_the_steps() -> None:
     assert not torch.allclose(images(cached, 8), images(pipeline(), 8), atol=1e-4)
 
 
+@pytest.mark.parametrize("halves", ["one", "cond_first"])
+def test_outputs_are_extrapolated_by_noise_level(halves: Any) -> None:
+    """An output that is linear in the noise level comes out exactly, whatever the steps; alone it is used as it is."""
+    memory, start, slope = StepMemory(), torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    memory.keep_output(start + slope * 1.0, halves, 1.0)
+    torch.testing.assert_close(memory.output(2, halves, 0.9), start + slope * 1.0)
+    for level in (0.8, 0.5, 0.5):  # the last step is forwarded once more
+        memory.keep_output(start + slope * level, halves, level)
+    torch.testing.assert_close(memory.output(2, halves, 0.3), start + slope * 0.3)
+    torch.testing.assert_close(memory.output(2, halves), start + slope * 0.5)
+
+
+def test_extrapolated_steps_are_a_two_step_solver() -> None:
+    """Flow Euler with X at the odd steps: x + h v, then x + h (2 v - v_before) ..., written out by hand."""
+    cached = pipeline(diffratio.BlockCache(actions="CXCXCX"))
+    seen = calls_of(cached.transformer.transformer_blocks[0])
+    found = images(cached, 6)
+    assert seen == [4] * 3
+    plain = pipeline()
+    outputs: list[Tensor] = []
+    inner = plain.transformer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        step = len(outputs)
+        levels = [1 - one / 6 for one in range(6)]
+        if step % 2 == 0:
+            outputs.append(inner(*args, **kwargs)[0])
+        elif step == 1:
+            outputs.append(outputs[0])
+        else:
+            ahead = (levels[step] - levels[step - 1]) / (levels[step - 1] - levels[step - 3])
+            outputs.append(outputs[step - 1] + (outputs[step - 1] - outputs[step - 3]) * ahead)
+        return (outputs[step],)
+
+    plain.transformer.forward = forward
+    torch.testing.assert_close(found, images(plain, 6), atol=1e-5, rtol=0)
+
+
 class Residual(nn.Module):
     """Stands for a skipped block."""
 
