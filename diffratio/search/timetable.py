@@ -24,7 +24,7 @@ class StepTrace:
 
     Args:
         output: what the scheduler was given, guidance halves combined; (B, C, h, w) on the CPU.
-        factor: what a unit of it adds to the sample.
+        factor: what a unit of it adds to the final sample, where later outputs stay as they are.
     """
 
     output: Tensor
@@ -34,8 +34,9 @@ class StepTrace:
 def recorded(scheduler: Any, sample: Callable[[], object]) -> list[StepTrace]:
     """The steps of a dense run.
 
-    A one-step solver is affine in the model's output, and a multistep one nearly: the factor is found by taking each
-    step on copies of the scheduler, once with the output raised by one.
+    A one-step solver is affine in the model's output and in the sample, and a multistep one nearly: what each step
+    makes of them is found by taking it on copies of the scheduler, with the output and with the sample raised by one.
+    Predicted clean samples follow the sample that they are made from: there the velocity is what stays, with gain 1.
 
     Args:
         scheduler: of the pipeline that samples; as it was afterwards.
@@ -47,18 +48,20 @@ def recorded(scheduler: Any, sample: Callable[[], object]) -> list[StepTrace]:
     Raises:
         DiffratioError: the scheduler was given no outputs.
     """
-    found: list[StepTrace] = []
+    found: list[tuple[Tensor, float, float]] = []
+    follows = scheduler.config.get("prediction_type") == "sample"
     plain = scheduler.step
 
     @functools.wraps(plain)
     def step(model_output: Tensor, timestep: Any, taken: Tensor, *args: Any, **options: Any) -> Any:
         ends = []
-        for raised in (0.0, 1.0):
+        for output, sample in ((0, 0), (1, 0), (0, 1)):
             copied = copy.deepcopy(scheduler)
             del copied.step
-            ends.append(copied.step(model_output + raised, timestep, taken, *args, **options | {"return_dict": False}))
-        factor = float((ends[1][0] - ends[0][0]).double().mean())
-        found.append(StepTrace(model_output.float().cpu(), factor))
+            given = model_output + output, timestep, taken + sample
+            ends.append(copied.step(*given, *args, **options | {"return_dict": False})[0].double())
+        factor, gain = (float((end - ends[0]).mean()) for end in ends[1:])
+        found.append((model_output.float().cpu(), factor, 1.0 if follows else gain))
         return plain(model_output, timestep, taken, *args, **options)
 
     scheduler.step = step
@@ -68,7 +71,11 @@ def recorded(scheduler: Any, sample: Callable[[], object]) -> list[StepTrace]:
         del scheduler.step
     if not found:
         raise DiffratioError(f"{type(scheduler).__name__} was given no steps: nothing can be recorded")
-    return found
+    steps, later = [], 1.0
+    for output, factor, gain in reversed(found):
+        steps.append(StepTrace(output, factor * later))
+        later *= gain
+    return steps[::-1]
 
 
 class Drift:
