@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,16 @@ class StepFront:
         if not self.entries:
             raise DiffratioError("step front: it holds no schedule; search again")
 
-    def within(self, budget: float | None, price: Callable[[StepSchedule], float] | None = None) -> FrontEntry:
+    def within(
+        self, budget: float | None, price: Callable[[StepSchedule], float] | None = None, method: str = "dato"
+    ) -> FrontEntry:
         """The dearest schedule that costs no more than a budget.
 
         Args:
             budget: fraction of the dense run's MACs.
-            price: schedule -> its fraction on the run at hand; None takes the searched run's.
+            price: schedule -> its fraction on the run at hand, infinite of one that the method cannot carry out; None
+                takes the searched run's.
+            method: that carries it out.
 
         Raises:
             BudgetUnreachable: every schedule costs more.
@@ -73,7 +78,11 @@ class StepFront:
         prices = [one.fraction if price is None else price(one.schedule) for one in self.entries]
         fitting = [pair for pair in zip(prices, self.entries, strict=True) if pair[0] <= budget + 1e-9]
         if not fitting:
-            raise BudgetUnreachable("dato", budget, (min(prices), max(prices)), "the front holds no cheaper schedule")
+            possible = [one for one in prices if math.isfinite(one)]
+            if not possible:
+                raise DiffratioError(f"every schedule of this front prunes tokens, and {method} does not: take dato")
+            span = min(possible), max(possible)
+            raise BudgetUnreachable(method, budget, span, "the front holds no cheaper schedule")
         return max(fitting, key=lambda pair: pair[0])[1]
 
     def to_json(self) -> dict[str, Any]:

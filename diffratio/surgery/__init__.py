@@ -9,6 +9,7 @@ from diffratio.surgery.adapters import LoraSettings, adapter_layers, add_lora_, 
 from diffratio.surgery.apply import apply_, compile_, drop_root_module_, remove_
 from diffratio.surgery.digest import weights_digest
 from diffratio.surgery.measuring import shared_copy
+from diffratio.surgery.on_top import cached_by, check_on_top, for_budget_on_top
 from diffratio.surgery.pipelines import attach_, detach_
 from diffratio.surgery.schedules import find_step_schedule
 from diffratio.surgery.state import Attachment, attachment, is_applied
@@ -22,12 +23,15 @@ __all__ = [
     "apply_",
     "attach_",
     "attachment",
+    "cached_by",
+    "check_on_top",
     "compile_",
     "describe",
     "detach_",
     "drop_root_module_",
     "find_step_schedule",
     "for_budget",
+    "for_budget_on_top",
     "forget_counts",
     "is_applied",
     "is_measured",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def find_step_schedule(
     guidance: bool = True,
     run: SamplingRun | None = None,
     same_weights: bool = True,
+    price: Callable[[StepSchedule], float] | None = None,
+    method: str = "dato",
 ) -> StepSchedule:
     """The schedule of a file for a transformer; `DaTo(schedule=...)` carries it out.
 
@@ -37,6 +40,8 @@ def find_step_schedule(
         guidance: whether that run has both guidance halves.
         run: the run itself, instead of the two above.
         same_weights: whether it must have been found on these weights.
+        price: schedule -> fraction of the dense run's MACs; None takes what `dato` costs alone.
+        method: that carries it out, for errors.
 
     Raises:
         DiffratioError: no such file, or a schedule of another model, other weights or too different a number of steps.
@@ -46,9 +51,10 @@ def find_step_schedule(
     run = run or backbone.default_run(transformer, steps, "cfg" if guidance else "none")
     description, own = backbone.describe(transformer), run
 
-    def price(schedule: StepSchedule) -> float:
+    def alone(schedule: StepSchedule) -> float:
         return DaToMethod(DaTo(schedule=schedule), description).macs(own).fraction
 
+    price = price or alone
     known = same_weights and not next(transformer.parameters()).is_meta
     digest = weights_digest(transformer) if known else None
     try:
@@ -59,9 +65,9 @@ def find_step_schedule(
         first = found.entries[0].schedule if isinstance(found, StepFront) else found
         first.require(description, digest).over(run.steps)
         if isinstance(found, StepFront):
-            return found.within(budget, price).schedule.require(description, digest)
+            return found.within(budget, price, method).schedule.require(description, digest)
         if budget is not None and (fraction := price(found)) > budget + 1e-9:
-            raise BudgetUnreachable("dato", budget, (fraction, fraction), f"{str(path)!r} is a single schedule")
+            raise BudgetUnreachable(method, budget, (fraction, fraction), f"{str(path)!r} is a single schedule")
         return found
     except BudgetUnreachable:
         raise

@@ -49,10 +49,10 @@ def test_a_front_is_an_arm_at_each_budget(tmp_path: Path, monkeypatch: pytest.Mo
     for path, weights, message in (
         (found, "tuned", "found on weights"),
         (tmp_path / "none.json", "dense", "none.json"),
-        ("", "dense", "dato alone takes a step schedule's file"),
+        ("", "dense", "dato and block_cache alone take a step schedule"),
     ):
         bad = settings(checkpoints, tmp_path / "bad", methods=[f"dato@{path}"]) | {"weights": checkpoints[weights]}
         with pytest.raises(DiffratioError, match=message):
             compare_from_config(bad, DATA.held_out)
-    with pytest.raises(DiffratioError, match="dato alone takes"):
+    with pytest.raises(DiffratioError, match="dato and block_cache alone take"):
         compare_from_config(settings(checkpoints, tmp_path / "bad", methods=[f"tome@{found}"]), DATA.held_out)

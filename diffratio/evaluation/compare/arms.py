@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,7 +23,7 @@ from diffratio.evaluation.compare.settings import CompareSettings, TrainedArm, m
 from diffratio.evaluation.records import Arm, record_id
 from diffratio.files import sha256
 from diffratio.methods.base import Method, MethodConfig, config_to_json, split_variant
-from diffratio.methods.dato import DaTo
+from diffratio.methods.dato import DaTo, DaToMethod
 from diffratio.methods.dense import Dense
 from diffratio.methods.fewer_steps import FewerSteps
 from diffratio.methods.step_front import FRONT_FILE
@@ -85,9 +85,14 @@ class Contender:
 
     @property
     def method(self) -> Method | None:
-        """The attached method, or None for the plain dense model."""
+        """The attached method, of several the token-level one; None for the plain dense model."""
+        return self.methods[-1] if self.methods else None
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """All that is attached, outermost first."""
         transformer = self.pipe.transformer
-        return surgery.attachment(transformer).token_method if surgery.is_applied(transformer) else None
+        return tuple(surgery.attachment(transformer).methods) if surgery.is_applied(transformer) else ()
 
     @property
     def schedule(self) -> dict[str, Any] | None:
@@ -108,10 +113,10 @@ class Contender:
     @property
     def has_losses(self) -> bool:
         """Whether single forwards stand for it: not where steps, state between them or guidance are what it changes."""
-        method = self.method
-        if method is None or method.name == DENSE:
-            return True
-        return method.token_level and not method.stateful and not method.needs_guidance
+        return all(
+            method.name == DENSE or (method.token_level and not method.stateful and not method.needs_guidance)
+            for method in self.methods
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,10 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     for one in [*routed, *(one for one in trained if one.name != FINETUNED and one.folder)]:
         assert one.folder is not None
         _same_objective(one.folder, objective, settings.weights)
-        found.append(_routed(one, device, run, found, control, settings.mapped, shared))
+        routed_arm = _routed(one, device, run, found, control, settings.mapped, shared)
+        found.append(routed_arm)
+        tops = [(budget, method) for budget in settings.budgets for method in settings.on_routed]
+        found += [_on_top(routed_arm, method, budget, run) for budget, method in tops if budget < routed_arm.budget]
     sensitivity = _map(settings, base, run) if settings.mapped else None
     for weights in [found[0], *controls]:
         mark = "" if weights is found[0] else "@finetuned"
@@ -175,8 +183,9 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
 def with_method(pipe: Any, config: MethodConfig) -> Any:
     """A pipeline of its own with the method applied and attached; the weights are shared, not copied."""
     own = copy.deepcopy(pipe, _shared(pipe))
+    tied = surgery.is_applied(own.transformer)
     surgery.apply_(own.transformer, config)
-    if not isinstance(config, Dense | FewerSteps):
+    if not tied and not isinstance(config, Dense | FewerSteps):
         surgery.attach_(own)
     return own
 
@@ -197,8 +206,8 @@ def _ready(
     partner: Contender | None = None,
 ) -> Contender:
     contender = Contender(arm, budget, pipe, seed=seed, partner=partner)
-    method = contender.method
-    contender.run = method.adapt(run) if method else run
+    applied = surgery.is_applied(pipe.transformer)
+    contender.run = surgery.attachment(pipe.transformer).adapt(run) if applied else run
     contender.cost = surgery.macs(pipe.transformer, run=run)
     return contender
 
@@ -229,6 +238,19 @@ def _routed(
     steps = _steps_of(source)
     arm = Arm(name, source, config_to_json(config), config.as_published, steps, _digest(source))
     return _ready(pipe, arm, run, budget, seed, found[0] if steps is None else control(seed))
+
+
+def _on_top(below: Contender, method: str, budget: float, run: SamplingRun) -> Contender:
+    """A routed arm with a step-level method on top, together at a budget."""
+    method, file = method_and_file(method)
+    own, label = below.arm, method if file is None else f"{method}@{_label(file)}"
+    arm = replace(own, name=f"{own.name}-{below.budget:g}+{label}")
+    try:
+        config = surgery.for_budget_on_top(method, below.pipe.transformer, budget, run, file)
+    except BudgetUnreachable as error:
+        return Contender(arm, budget, seed=below.seed, partner=below.partner, unreachable=str(error))
+    arm = replace(arm, method={**own.method, "on_top": config_to_json(config)})
+    return _ready(with_method(below.pipe, config), arm, run, budget, below.seed, below.partner)
 
 
 def _map(settings: CompareSettings, base: Any, run: SamplingRun) -> Sensitivity:
@@ -263,8 +285,11 @@ def _training_free(
             assert sensitivity is not None
             config = solved(method, sensitivity, transformer, budget)
         elif file is not None:  # a fine-tuned control takes the schedules that were found on its base
-            found = surgery.find_step_schedule(file, transformer, budget=budget, run=run, same_weights=not mark)
-            config = DaTo(schedule=found)
+            options: dict[str, Any] = {"budget": budget, "run": run, "same_weights": not mark}
+            if method == DaToMethod.name:
+                config = DaTo(schedule=surgery.find_step_schedule(file, transformer, **options))
+            else:
+                config = surgery.cached_by(file, transformer, **options)
         else:
             work = _sampling_with(weights.pipe, run.steps, guidance_scale)
             config = surgery.for_budget(method, transformer, budget, run=run, work=work)

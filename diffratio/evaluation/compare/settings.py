@@ -11,14 +11,15 @@ from diffratio.errors import DiffratioError, unknown
 from diffratio.evaluation.metrics import METRICS, check_metrics, require_samples
 from diffratio.methods.base import check_budget, get_method
 from diffratio.sensitivity import CALIBRATED
+from diffratio.surgery import check_on_top
 
 LATENCY_MODES = ("eager", "compiled")
-SCHEDULED = "dato"  # the method whose schedule may come from a file
+SCHEDULED = ("dato", "block_cache")  # the methods whose steps may come from a file
 _KINDS: dict[str, Any] = {"int": int, "str": str, "float": (int, float), "bool": bool, "str | None": (str, type(None))}
 
 
 def method_and_file(given: str) -> tuple[str, str | None]:
-    """`dato@search/fashion` is the method and where its step schedule lies; other methods stand alone."""
+    """`dato@search/fashion` is a method and where its step schedule lies; most methods stand alone."""
     name, mark, file = given.partition("@")
     return name, file if mark else None
 
@@ -74,6 +75,7 @@ class CompareSettings:
     map: str | None = None
     parts: str | None = None
     train_n: int = 2000
+    on_routed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
@@ -90,7 +92,16 @@ class CompareSettings:
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise DiffratioError(f"seeds: {seed!r} is no seed; they are whole numbers of at least 0, seeds=[0,1,2]")
-        for name in ("methods", "routed", "budgets", "seeds", "latency_batches", "latency_modes", "metrics"):
+        for name in (
+            "methods",
+            "routed",
+            "budgets",
+            "seeds",
+            "latency_batches",
+            "latency_modes",
+            "metrics",
+            "on_routed",
+        ):
             values = getattr(self, name)
             if twice := [value for value in values if values.count(value) > 1]:
                 raise DiffratioError(f"{name}={list(values)}: {twice[0]!r} stands there twice; name each once")
@@ -109,12 +120,7 @@ class CompareSettings:
         if self.train and self.train_steps < 1:
             raise DiffratioError(f"train=true needs train_steps of at least 1, got {self.train_steps}")
         for method in self.methods:
-            name, file = method_and_file(method)
-            if file is not None and (name != SCHEDULED or not file):
-                raise DiffratioError(
-                    f"methods: {method!r}: {SCHEDULED} alone takes a step schedule's file or a search's folder, as "
-                    f"{SCHEDULED}@PATH"
-                )
+            name, _ = _known_file("methods", method)
             if get_method(name).learned and not self.train and method not in CALIBRATED:
                 raise DiffratioError(
                     f"methods: {method!r} is learned, so it needs trained weights: train it "
@@ -123,6 +129,13 @@ class CompareSettings:
                 )
         for method in self.train_methods:
             get_method(method)
+        for method in self.on_routed:
+            check_on_top(_known_file("on_routed", method)[0])
+        if self.on_routed and not (self.routed or self.train):
+            raise DiffratioError(
+                f"on_routed={list(self.on_routed)} goes on top of routed checkpoints and there are none: give them in "
+                "routed=[...], or train=true"
+            )
 
     @property
     def to_train(self) -> tuple[str, ...]:
@@ -165,3 +178,18 @@ class CompareSettings:
             if kind.startswith("tuple") and not isinstance(value, list):
                 raise DiffratioError(f"{field.name}={value!r}: it takes a list, {field.name}=[...]")
         return cls(**values)
+
+
+def _known_file(key: str, given: str) -> tuple[str, str | None]:
+    """Name and file of a method, where a file may stand.
+
+    Raises:
+        DiffratioError: a file for another method, or an empty one.
+    """
+    name, file = method_and_file(given)
+    if file is not None and (name not in SCHEDULED or not file):
+        takers = " and ".join(SCHEDULED)
+        raise DiffratioError(
+            f"{key}: {given!r}: {takers} alone take a step schedule's file or a search's folder, as {SCHEDULED[0]}@PATH"
+        )
+    return name, file
