@@ -14,6 +14,7 @@ from diffratio.errors import DiffratioError
 
 LOWEST = 0.1
 _SNAP = 1e-5  # in bins: nearer than this counts as being on the bin
+_ROUNDING = 1e-6  # of the largest gradient; what is less is rounding
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,15 @@ class BudgetProjection:
         """Projects the gradient of the ratios onto the tangent of constant cost, in place.
 
         Cells that already stand at 1 and whose remaining gradient would push them further up take no part, otherwise
-        their clamped share would leave a component along the cost in the others.
+        their clamped share would leave a component along the cost in the others. Nothing is left of a lone free cell,
+        and what rounding leaves of it must go too: Adam would make a whole step of it, and the same batch in other
+        parts rounds otherwise.
         """
         if ratios.rho.grad is None:
             return
-        rho, gradient = ratios.rho.detach(), ratios.rho.grad
+        rho, gradient = ratios.rho.detach(), ratios.rho.grad.double()
         normal = gradient.new_tensor(budget_of(ratios.table(), self.costs)[1])
-        free = normal > 0
+        tangent, free = torch.zeros_like(gradient), normal > 0
         for _ in range(rho.numel()):
             active = normal * free
             tangent = (gradient - (gradient * active).sum() / (active * active).sum().clamp_min(1e-30) * active) * free
@@ -144,7 +147,8 @@ class BudgetProjection:
             if not stuck.any():
                 break
             free &= ~stuck
-        gradient.copy_(tangent if free.any() else torch.zeros_like(gradient))
+        meant = free & (tangent.abs() > _ROUNDING * gradient.abs().max())
+        ratios.rho.grad.copy_(torch.where(meant, tangent, torch.zeros_like(tangent)))
 
     @torch.no_grad()
     def project_(self, ratios: KeepRatios, target: float, tolerance: float = 1e-7) -> float:

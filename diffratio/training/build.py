@@ -36,7 +36,7 @@ from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightA
 from diffratio.training.health import RoutingHealth
 from diffratio.training.inpaint import sees_holes_
 from diffratio.training.latents import base_scheduler, check_latents, own_scheduler
-from diffratio.training.logs import RunCSVLogger
+from diffratio.training.logs import RunCSVLogger, RunWandbLogger
 from diffratio.training.lora import base_weights
 from diffratio.training.module import Training, dense_copy
 from diffratio.training.processes import check_processes, check_started, cluster_plugins, strategy_of
@@ -372,7 +372,7 @@ def build_logger(cfg: Config, folder: Path) -> Any:
         except ModuleNotFoundError:
             raise DiffratioError("logger=tensorboard needs TensorBoard: pip install diffratio[tensorboard]") from None
     if name == "wandb":
-        return loggers.WandbLogger(save_dir=folder, name=cfg["name"], **settings)
+        return RunWandbLogger(folder, name=cfg["name"], **settings)
     raise unknown("logger", name, ("csv", "tensorboard", "wandb"))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -39,6 +40,38 @@ class RunCSVLogger(CSVLogger):
     def rewind(self, step: int) -> None:
         """Drops the rows from a step on: they are about to be computed anew."""
         rewind_table(self.path, step - 1)
+
+
+class RunWandbLogger(WandbLogger):
+    """Lightning's wandb logger begins another run at every start; here a resumed job goes on in its own.
+
+    Args:
+        folder: run folder; `wandb-id.txt` in it holds the id.
+        settings: of the logger; an `id` among them counts.
+    """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.path = folder / "wandb-id.txt"
+        known = self.path.read_text(encoding="ascii").strip() if self.path.is_file() else ""
+        given = {"save_dir": folder, "id": known or uuid.uuid4().hex[:12]} | settings
+        super().__init__(**cast(dict[str, Any], given))
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """wandb's run; its id is kept from the first one on."""
+        if self._experiment is None and not self.path.is_file():
+            with atomic_file(self.path) as temporary:
+                temporary.write_text(f"{self._id}\n", encoding="ascii")
+        return super().experiment
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Ends wandb's run too: the next job of this process would go on in it."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment = None
 
 
 def rewind_table(path: Path, step: int) -> None:

@@ -183,6 +183,16 @@ def test_removed_component_is_orthogonal_to_the_cost(values: list[list[float]], 
     assert (tangent * gradient).sum() >= -1e-5  # still downhill
 
 
+@settings(max_examples=60)
+@given(st.integers(0, 10_000))
+def test_what_rounding_leaves_is_no_gradient(seed: int) -> None:
+    """All at 1, the cost allows no move: Adam would make a whole step of a rounding error, and it has any sign."""
+    ratios = KeepRatios(LAYERS, REGIONS)
+    ratios.rho.grad = 0.03 * torch.randn(LAYERS, REGIONS, generator=torch.Generator().manual_seed(seed))
+    BudgetProjection(table_of()).remove_component_(ratios)
+    assert (ratios.rho.grad == 0).all()
+
+
 def test_no_gradient_is_left_as_none() -> None:
     ratios = KeepRatios(LAYERS, REGIONS)
     BudgetProjection(table_of()).remove_component_(ratios)

@@ -131,13 +131,7 @@ def test_ddp_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "timesteps",
-    [
-        pytest.param("iid", marks=pytest.mark.xfail(strict=True, reason="a known fault: another schedule is learned")),
-        "one_region",
-    ],
-)
+@pytest.mark.parametrize("timesteps", ["iid", "one_region"])
 @pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp2"])
 def test_accumulated_and_regional_batches(data: Path, tmp_path: Path, strategy: list[str], timesteps: str) -> None:
     """Two processes with two micro-batches of 2 are one with a batch of 8, but where a draw belongs to a micro-batch.

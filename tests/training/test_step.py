@@ -12,6 +12,7 @@ from tiny_run import job
 
 from diffratio.routing.schedule import constant_table
 from diffratio.training.build import build_data, build_module, build_trainer
+from diffratio.training.module import Training
 from diffratio.training.run import compose, plain_config
 from diffratio.training.step import TrainingStep, freeze_, spread_ratios_
 
@@ -47,6 +48,47 @@ def test_steps_by_hand_equal_those_of_the_trainer(method: str, data: Path, tmp_p
     assert set(own) == set(seen[1])
     for name, value in own.items():
         assert torch.allclose(value, seen[1][name], atol=1e-7), name
+
+
+@pytest.mark.parametrize("weighting", ["run", "density"])
+def test_processes_that_accumulate_learn_the_ratios_of_the_whole_batch(
+    weighting: str, data: Path, tmp_path: Path
+) -> None:
+    """Independent levels: a gradient is a mean over samples, in whatever parts it is taken."""
+    cfg = config(data, tmp_path, "method=diffcr", "objective.timesteps=iid", f"budget.weighting={weighting}")
+    source = build_data(cfg)
+    torch.set_num_threads(1)
+    batches = list(itertools.islice(source.train_dataloader(), 4))
+    learned: list[torch.Tensor] = []
+    for world, accumulate in ((1, 1), (1, 4), (2, 2)):
+        module = build_module(cfg, source)
+        step = TrainingStep(module, "cpu")
+        assert module.keep_ratios is not None
+        for target, batch in zip((0.92, 0.84, 0.8, 0.8), batches, strict=True):
+            _accumulated(module, batch, world, accumulate)
+            module.configure_gradient_clipping(step.optimizer)
+            step.optimizer.step()
+            module.projection.project_(module.keep_ratios, target)
+        learned.append(module.keep_ratios.rho.detach().clone())
+    assert float(learned[0].std()) > 0.03
+    for other in learned[1:]:
+        assert torch.allclose(other, learned[0], atol=2e-4), other - learned[0]
+
+
+def _accumulated(module: Training, batch: dict[str, torch.Tensor], world: int, accumulate: int) -> None:
+    """Leaves the gradients of a batch as DDP does: micro-batches are added up in each process, then the mean."""
+    parts = {key: value.chunk(world * accumulate) for key, value in batch.items()}
+    trained = [one for one in module.parameters() if one.requires_grad]
+    sums: list[list[torch.Tensor]] = []
+    for rank in range(world):
+        module.zero_grad(set_to_none=True)
+        for turn in range(accumulate):  # rank r takes part m W + r of the batch in its m-th turn
+            micro = {key: value[turn * world + rank] for key, value in parts.items()}
+            (module.training_step(micro, turn) / accumulate).backward()
+        sums.append([one.grad.clone() for one in trained if one.grad is not None])
+    with_gradient = [one for one in trained if one.grad is not None]
+    for one, *own in zip(with_gradient, *sums, strict=True):
+        one.grad = torch.stack(own).mean(0)
 
 
 def test_spread_ratios_are_apart_and_stay_on_the_budget(data: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import diffratio
 from diffratio.checkpoint import load_transformer, read_card
 from diffratio.errors import DiffratioError
 from diffratio.training import build
+from diffratio.training.logs import RunWandbLogger
 from diffratio.training.run import compose, export_run, train
 from diffratio.training.settings import BudgetSettings
 
@@ -296,17 +297,48 @@ def test_bad_trainer_settings_are_refused(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", pytest.param("wandb", marks=pytest.mark.slow)])
-def test_other_loggers(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str) -> None:
-    pytest.importorskip(logger)
+def test_tensorboard(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert train_tiny(data, tmp_path / "run", "logger=tensorboard", *SHORT)["steps"] == 2
+    assert list(tmp_path.glob("run/logs/**/events.*"))
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_in_its_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, a start is a folder; those of a resumed job bear one id, those of another job another."""
+    pytest.importorskip("wandb")
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
-    assert train_tiny(data, tmp_path / "run", f"logger={logger}", *SHORT)["steps"] == 2
-    pattern = {"tensorboard": "run/logs/**/events.*", "wandb": "**/offline-run-*"}[logger]
-    assert list(tmp_path.glob(pattern))
+    words = ["logger=wandb", "logger.offline=true", *SHORT]
+    assert train_tiny(data, tmp_path / "run", *words)["steps"] == 2
+    train_tiny(data, tmp_path / "run", *words, "trainer.max_steps=4", "ckpt_path=last")
+    train_tiny(data, tmp_path / "other", *words)
+    starts = {one.resolve() for one in tmp_path.glob("**/offline-run-*") if one.is_dir()}
+    ids = [path.name.split("-")[-1] for path in sorted(starts)]
+    own = [(tmp_path / run / "wandb-id.txt").read_text().strip() for run in ("run", "other")]
+    assert sorted(ids) == sorted([own[0], own[0], own[1]]) and own[0] != own[1]
+
+
+def test_the_id_of_a_wandb_run_is_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    begun: list[dict[str, Any]] = []
+
+    class Run:
+        ended = 0
+
+        def finish(self, exit_code: int) -> None:
+            Run.ended += 1
+
+    monkeypatch.setattr(wandb, "init", lambda **options: (begun.append(options), Run())[1])
+    for folder in ("run", "run", "other"):
+        logger = RunWandbLogger(tmp_path / folder, project="p")
+        assert logger.experiment is logger.experiment
+        logger.finalize("success")
+    ids = [options["id"] for options in begun]
+    assert ids[0] == ids[1] != ids[2] and Run.ended == 3 and begun[0]["resume"] == "allow"
 
 
 def test_ratios_start_at_a_schedule_and_are_learned_on(data: Path, tmp_path: Path, modules: list[Any]) -> None:
