@@ -12,6 +12,7 @@ from typing import Any
 
 from diffratio.errors import DiffratioError
 from diffratio.evaluation import pareto, plots
+from diffratio.evaluation.equal_time import equal_time_table
 from diffratio.evaluation.pictures import COLUMNS, Strip, first_row, png_bytes, png_size, read_png, sample_figure
 from diffratio.evaluation.plots import Look
 from diffratio.evaluation.records import Arm, Record
@@ -132,6 +133,7 @@ def make_view(folder: Path, records: Sequence[Record], title: str) -> dict[str, 
         "details": figures_table(groups, detail_columns(groups, times)),
         "widened": any(not record.arm.as_published for record in records),
         "equal": equal,
+        "equal_time": _equal_time(groups, times),
         "pareto": pareto_plots,
         "kinds": list(dict.fromkeys(look.kind for look in arms.values())),
         "heat_maps": maps,
@@ -170,6 +172,11 @@ def _arm_order(record: Record) -> tuple[int, str]:
 def _quality(metric: str) -> tuple[str, float]:
     """Name of the deciding metric on an axis, and what its figures are multiplied by."""
     return {"kid_lite0": ("KID × 1000", 1.0), "excess_loss": ("excess loss × 1000", 1e3)}[metric]
+
+
+def _equal_time(groups: Sequence[Group], times: Sequence[tuple[int, str]]) -> dict[str, Any] | None:
+    metric = ranked_metric(groups)
+    return None if metric is None else equal_time_table(groups, times, metric, *_quality(metric))
 
 
 def _point(row: Row, x: float, metric: str) -> pareto.Point:

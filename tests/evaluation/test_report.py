@@ -16,6 +16,7 @@ from fabricate import make_folder, make_record, png
 
 from diffratio.errors import DiffratioError
 from diffratio.evaluation import report
+from diffratio.evaluation.equal_time import equal_time_table
 from diffratio.evaluation.metrics import METRICS
 from diffratio.evaluation.records import Arm, Record, write_record
 from diffratio.evaluation.report import COMPACT_LIMIT, ReportPaths, write_report
@@ -91,6 +92,7 @@ def test_a_report_has_every_part_in_order_and_stands_alone(trial: tuple[list[Rec
         "Summary",
         "How to read this",
         "Quality at equal cost",
+        "Quality at equal time",
         "Quality against cost",
         "Where each schedule keeps tokens",
         "Excess loss by noise region",
@@ -122,6 +124,20 @@ def test_markdown_shows_the_same_and_its_links_lead_to_files(trial: tuple[list[R
     tables = re.findall(r"(?:^\|.*\|$\n?)+", text, re.M)
     assert len(tables) > 8
     assert all(len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1 for table in tables)
+
+
+def test_at_equal_time_each_arm_shows_what_fits() -> None:
+    """By time alone: the slowest budget within the share, whatever its quality."""
+    plan = [("mod", 0.8, 3.1, 0.84), ("mod", 0.6, 3.6, 0.66), ("tome", 0.8, 5.2, 0.97), ("tome", 0.6, 9.1, 0.92)]
+    records = [make_record("dense", 1.0, ratio=1.0)]
+    records += [make_record(name, budget, kid=kid, ratio=ratio) for name, budget, kid, ratio in plan]
+    found = equal_time_table(groups_of(*records), [(1, "eager"), (8, "eager")], "kid_lite0", "KID")
+    assert found is not None and found["columns"][1:3] == ["≤ 0.9 of dense", "≤ 0.8 of dense"]
+    rows = {row[0]: row[1:] for row in found["rows"]}
+    assert rows["mod"] == ["3.10, 2.80 to 3.40 (0.84)", *["3.60, 3.30 to 3.90 (0.66)"] * 2, "–", "–", "–"]
+    assert rows["tome"] == ["–"] * 6
+    assert equal_time_table(groups_of(*records[:2]), [(8, "eager")], "kid_lite0", "KID") is None
+    assert equal_time_table(groups_of(*records), [], "kid_lite0", "KID") is None
 
 
 def test_the_csv_has_every_record_with_its_figures(trial: tuple[list[Record], ReportPaths]) -> None:
