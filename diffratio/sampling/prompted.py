@@ -83,10 +83,9 @@ def prompted_levels(pipe: Any, steps: int) -> tuple[float, ...]:
     Raises:
         DiffratioError: a scheduler whose shift follows the size of the picture in a pipeline that gives it none here.
     """
-    from diffusers import FluxPipeline, StableDiffusion3Pipeline
-
-    scheduler, backbone, kind = pipe.scheduler, backbone_of(pipe.transformer), type(pipe)
-    if issubclass(kind, FluxPipeline) and is_flow(scheduler):
+    scheduler, backbone = pipe.scheduler, backbone_of(pipe.transformer)
+    kinds = {one.__name__ for one in type(pipe).__mro__}  # by name: importing both pipelines takes seconds
+    if "FluxPipeline" in kinds and is_flow(scheduler):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         sigmas = [(steps - step) / steps for step in range(steps)]
@@ -94,7 +93,7 @@ def prompted_levels(pipe: Any, steps: int) -> tuple[float, ...]:
         between = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096))
         shifts = (config.get("base_shift", 0.5), config.get("max_shift", 1.15))
         scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(tokens, *between, *shifts))
-    elif issubclass(kind, StableDiffusion3Pipeline) and not scheduler.config.get("use_dynamic_shifting"):
+    elif "StableDiffusion3Pipeline" in kinds and not scheduler.config.get("use_dynamic_shifting"):
         scheduler.set_timesteps(steps)
     else:
         set_steps(scheduler, steps)
