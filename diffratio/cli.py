@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import math
 import os
@@ -14,12 +15,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from diffratio import __version__
-from diffratio.errors import DiffratioError, ReportedElsewhere, Terminated, speaks, unknown
+from diffratio.errors import DiffratioError, ReportedElsewhere, Terminated, in_one_line, speaks, unknown
 from diffratio.files import configs_folder
 
+# of a name that was given: too long, a folder, below a file, a loop of links, not for this user
+_BAD_PATHS = (errno.ENAMETOOLONG, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 KINDS = ("methods", "backbones", "data", "experiments", "checkpoints")
 
 
@@ -229,13 +232,20 @@ def doctor(args: argparse.Namespace) -> Answer:
     return Answer(found, describe(found), 0 if found["ok"] else 1)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong word with one line, as every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DiffratioError(f"{message}; `{self.prog} --help` says what there is")
+
+
 def parser() -> argparse.ArgumentParser:
     """The verbs and their options."""
     # no defaults here: those of a verb would overwrite what was given before it
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
     common.add_argument("--debug", action="store_true", help="tracebacks (also DIFFRATIO_DEBUG=1)")
-    main_parser = argparse.ArgumentParser("diffratio", description="Cheaper diffusion transformers.", parents=[common])
+    main_parser = _Parser("diffratio", description="Cheaper diffusion transformers.", parents=[common])
     main_parser.add_argument("--version", action="version", version=f"diffratio {__version__}")
     verbs = main_parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -396,5 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         kind = "" if isinstance(error, DiffratioError) else f"{type(error).__name__}: "
         if not isinstance(error, ReportedElsewhere):  # one of several processes says it
-            print(f"diffratio: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+            print(f"diffratio: {in_one_line(f'{kind}{error}')}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename is not None and error.errno in _BAD_PATHS:
+            return DiffratioError.exit_code
         return error.exit_code if isinstance(error, DiffratioError) else 1

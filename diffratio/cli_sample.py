@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 from diffratio.files import atomic_file, writable_folder
 
 COLUMNS = 10
+_MOST = 1_000_000  # pictures
 
 
 def sampled(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -26,8 +28,16 @@ def sampled(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise DiffratioError("--labels asks for classes and --prompts for texts; a model takes one of the two")
     labels = _labels(args.labels) if args.prompts is None else _prompts(args.prompts)
     n = args.n if args.n is not None else 40 if args.prompts is None else len(labels or ())
-    if n < 1:
-        raise DiffratioError(f"--n must be at least 1, got {n}")
+    for name, value, least, most in (
+        ("--n", n, 1, _MOST),
+        ("--batch-size", args.batch_size, 1, _MOST),
+        ("--steps", 1 if args.steps is None else args.steps, 1, _MOST),
+        ("--seed", args.seed, 0, (1 << 63) - 1),
+    ):
+        if not least <= value <= most:
+            raise DiffratioError(f"{name} must be at least {least} and at most {most}, got {shortened(value)}")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise DiffratioError(f"--guidance must be a finite number, got {args.guidance}")
 
     import torch
 

@@ -13,6 +13,19 @@ def shortened(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def in_one_line(text: object, most: int = 2000) -> str:
+    """A message as one line: escapes for what a terminal would act on, and the middle of a very long one left out.
+
+    Args:
+        text: the message.
+        most: characters.
+    """
+    words = " ".join(str(text).split())
+    if len(words) > most:
+        words = f"{words[: most * 2 // 3]} ... {words[-most // 3 :]}"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in words)
+
+
 def speaks() -> bool:
     """Whether this is the one of several processes that answers, by what torchrun, Lightning or srun has told it."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):

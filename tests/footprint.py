@@ -44,7 +44,8 @@ def footprint() -> Footprint:
     """Counts, after all garbage is collected."""
     gc.collect()
     objects = [one for one in gc.get_objects() if type(one) not in _APART]
-    tensors = [one for one in objects if issubclass(type(one), torch.Tensor)]
+    kinds = (torch.Tensor, torch.nn.Parameter)  # a compiler's fake ones have no storage
+    tensors = [one for one in objects if type(one) in kinds]
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
     process = psutil.Process()
     return Footprint(

@@ -128,7 +128,7 @@ def test_bad_input_is_one_line_and_exit_2(
 def test_wrong_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and "usage: diffratio" in captured.err
+    assert captured.out == "" and "--help` says what there is" in captured.err and captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["sample", "--help"]])

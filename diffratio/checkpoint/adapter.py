@@ -17,9 +17,11 @@ from diffratio.checkpoint import layout
 from diffratio.checkpoint.card import Card
 from diffratio.checkpoint.readme import render_readme
 from diffratio.checkpoint.save import as_dtype, completed, differences, free_folder, learned_method
+from diffratio.checkpoint.stored import stored_lora, stored_method
+from diffratio.checkpoint.weights import check_values, read_weights
 from diffratio.errors import DiffratioError
 from diffratio.files import atomic_folder, read_json, sha256, write_json
-from diffratio.methods.base import config_from_json, config_to_json
+from diffratio.methods.base import config_to_json
 from diffratio.surgery import adapter_layers, apply_, is_applied, merge_lora_, weights_digest
 from diffratio.surgery.adapters import ADAPTER, inject_, require_peft
 
@@ -153,23 +155,25 @@ def load_adapter(
             raise DiffratioError(
                 f"{str(folder / name)!r} is damaged or was changed: its sha256 is not the one in {str(path)!r}"
             )
-    peft = require_peft()
+    require_peft()
+    weights = read_weights(folder / WEIGHTS)
+    config = stored_lora(folder / CONFIG, weights)
     transformer = _base_transformer(document, folder, base)
     transformer.register_to_config(**notes_in(document.get("notes") or {}))  # type: ignore[operator]
     try:
         if document["method"] is not None:
-            apply_(transformer, config_from_json(document["method"]))
+            apply_(transformer, stored_method(document["method"]))
     except DiffratioError as error:
         raise DiffratioError(f"{str(path)!r}: {error}") from None
-    _fill(_router_state(transformer), _read(folder / ROUTERS) if ROUTERS in document["files"] else {}, folder / ROUTERS)
+    routers = read_weights(folder / ROUTERS) if ROUTERS in document["files"] else {}
+    _fill(_router_state(transformer), routers, folder / ROUTERS)
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = False
         inject_(transformer, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DiffratioError(f"{str(folder / CONFIG)!r} does not fit the base: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of layers that cannot have an adapter
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DiffratioError(f"{str(folder / CONFIG)!r} does not fit the base: {first}") from None
     expected = {_PREFIX + key: value for key, value in _lora_state(transformer).items()}
-    _fill(expected, _read(folder / WEIGHTS), folder / WEIGHTS)
+    _fill(expected, weights, folder / WEIGHTS)
     if merge:
         merge_lora_(transformer)
     nn.Module.to(transformer, dtype or torch.float32)
@@ -193,6 +197,11 @@ def adapter_document(folder: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(document.get(key, ...), kind):
             raise DiffratioError(f"{str(path)!r}: {key} is missing or out of place; copy the file again")
+    notes = document.get("notes")
+    if notes is not None and not isinstance(notes, dict):
+        raise DiffratioError(f"{str(path)!r}: notes is out of place; copy the file again")
+    if not isinstance(document["base"].get("revision"), str | None):
+        raise DiffratioError(f"{str(path)!r}: base.revision is out of place; copy the file again")
     for key in ("source", "sha256"):
         if not isinstance(document["base"].get(key), str):
             raise DiffratioError(f"{str(path)!r}: base.{key} is missing; copy the file again")
@@ -286,16 +295,6 @@ def _stored(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value.detach().to("cpu", dtype or value.dtype).contiguous()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DiffratioError(f"weights {str(path)!r} are damaged ({error}); copy the file again") from None
-
-
 def _fill(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
     """Copies all stored values into place, and nothing else."""
     if set(expected) != set(state):
@@ -306,4 +305,6 @@ def _fill(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Pat
                 f"weights {str(path)!r} do not fit: {key} has shape {tuple(state[key].shape)} and the base asks for "
                 f"{tuple(value.shape)}"
             )
+    check_values(expected, state, path)
+    for key, value in expected.items():
         value.copy_(state[key])

@@ -17,11 +17,14 @@ from diffratio.checkpoint.bounds import check_shapes, check_sizes
 from diffratio.checkpoint.card import read_card
 from diffratio.checkpoint.parts import is_text, pipeline_around, scheduler_of
 from diffratio.checkpoint.save import ROUTING_FORMAT, ROUTING_VERSION, as_dtype, differences, is_router, public
+from diffratio.checkpoint.stored import stored_method
+from diffratio.checkpoint.weights import INDEX_SUFFIX, check_values, read_shards, read_weights
 from diffratio.conditions import EncoderId
+from diffratio.conditions.index import read_index
 from diffratio.conditions.pipelines import pipeline_text
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json, sha256
-from diffratio.methods.base import MethodConfig, config_from_json
+from diffratio.methods.base import MethodConfig
 from diffratio.surgery import apply_, attach_, is_applied
 
 # norm_type of a diffusers Transformer2DModel -> the class that it has become
@@ -187,9 +190,10 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
             "give the checkpoint folder itself"
         )
     backbone = _family(config, place / "config.json")
-    if not weights.is_file():
-        return _by_diffusers(backbone, str(place), dtype)  # sharded, or another file format
-    state = _read(weights)
+    index = place / f"{layout.DENSE_WEIGHTS}{INDEX_SUFFIX}"
+    if not weights.is_file() and not index.is_file():  # another file format
+        return _of_other_format(backbone, place, config, dtype)
+    state = read_weights(weights) if weights.is_file() else read_shards(index)
     transformer = _build_for(state, weights, backbone, config, place / "config.json")
     return _fill(transformer, state, weights, dtype)
 
@@ -199,7 +203,7 @@ def _routed(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) 
     path = folder / layout.ROUTING
     document = _mapping(path, "routing")
     method, weights, digest = _routing(document, path, folder)
-    state = _read(weights)
+    state = read_weights(weights)
     if sha256(weights) != digest:
         raise DiffratioError(f"{str(weights)!r} is damaged or was changed: its sha256 is not the one in {str(path)!r}")
     backbone = get_backbone(document["backbone"])
@@ -208,8 +212,8 @@ def _routed(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) 
         raise DiffratioError(f"{str(path)!r}: class {document['class']!r} is not that of backbone {backbone.name!r}")
     try:
         apply_(transformer, method)
-    except DiffratioError as error:
-        raise DiffratioError(f"{str(path)!r}: {error}") from None
+    except Exception as error:  # of values that stand together in no checkpoint of ours
+        raise DiffratioError(f"{str(path)!r}: {_first_line(error)}") from None
     return _fill(transformer, state, weights, dtype)
 
 
@@ -226,9 +230,7 @@ def _routing(document: Mapping[str, Any], path: Path, folder: Path) -> tuple[Met
             raise TypeError("backbone and class must be text")
         if not isinstance(file, str) or Path(file).name != file or not isinstance(digest, str):
             raise TypeError(f"weights.file {file!r} must be the name of a file in {layout.TRANSFORMER}/")
-        if not isinstance(document["method"], Mapping):
-            raise TypeError("method must be an object")
-        config = config_from_json(document["method"])
+        config = stored_method(document["method"])
     except (KeyError, TypeError, DiffratioError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise DiffratioError(f"{str(path)!r}: {reason}") from None
@@ -240,7 +242,7 @@ def _routing(document: Mapping[str, Any], path: Path, folder: Path) -> tuple[Met
 
 
 def _mapping(path: Path, what: str) -> dict[str, Any]:
-    document = read_json(path, what)
+    document = read_json(path, what, finite=False)
     if not isinstance(document, dict):
         raise DiffratioError(f"{what}: {str(path)!r} holds {type(document).__name__}, not an object")
     return document
@@ -261,9 +263,25 @@ def _build_for(
     state: Mapping[str, Tensor], weights: Path, backbone: Backbone, config: Mapping[str, Any], path: Path
 ) -> nn.Module:
     """The model of a configuration, once it is known that the weights are about as many as it asks for."""
+    held = sum(value.numel() for value in state.values())
     with torch.device("meta"):
-        check_shapes(_build(backbone, config, path), state, path, weights)
+        check_shapes(_build(backbone, config, path), held, path, weights)
     return _build(backbone, config, path)
+
+
+def _of_other_format(
+    backbone: Backbone, place: Path, config: Mapping[str, Any], dtype: torch.dtype | None
+) -> nn.Module:
+    """Weights that diffusers finds by itself; a pickle among them is read as tensors alone (`weights_only`)."""
+    files = [one for one in place.iterdir() if one.is_file() and one.suffix in (".bin", ".safetensors")]
+    if not files:
+        raise DiffratioError(
+            f"{str(place)!r} cannot be loaded: {layout.DENSE_WEIGHTS} is missing; copy the whole folder"
+        )
+    with torch.device("meta"):  # a number takes a byte at least
+        held = sum(one.stat().st_size for one in files)
+        check_shapes(_build(backbone, config, place / "config.json"), held, place / "config.json", place)
+    return _by_diffusers(backbone, str(place), dtype)
 
 
 def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Module:
@@ -272,20 +290,8 @@ def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Modu
         transformer = backbone.from_config(public(config))
         transformer.register_to_config(**notes_in(config))  # type: ignore[operator]
         return transformer
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
-        raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {error}") from None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise DiffratioError(f"weights {str(path)!r} are missing; copy the whole checkpoint folder")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DiffratioError(f"weights {str(path)!r} are damaged or cut short ({error}); copy the file again") from None
+    except Exception as error:  # what constructors raise on values that nobody gave them before
+        raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {_first_line(error)}") from None
 
 
 def _fill(transformer: nn.Module, state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -303,6 +309,7 @@ def _fill(transformer: nn.Module, state: dict[str, Tensor], path: Path, dtype: t
             f"weights {str(path)!r} do not fit: {key} has shape {tuple(state[key].shape)} and the configuration asks "
             f"for {tuple(expected[key].shape)} ({len(wrong)} such keys)"
         )
+    check_values(expected, state, path)
     if dtype is None:
         dtype = next(value.dtype for key, value in state.items() if value.is_floating_point() and not is_router(key))
     nn.Module.to(transformer, dtype)  # diffusers' own would warn of modules that it keeps in float32
@@ -321,7 +328,7 @@ def _by_diffusers(
     options |= {} if revision is None else {"revision": revision}
     try:
         loaded: Any = backbone.load(source, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # damaged files of several formats raise anything
         raise DiffratioError(f"checkpoint {source!r} cannot be loaded: {_first_line(error)}") from None
     transformer, info = loaded
     wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
@@ -329,11 +336,15 @@ def _by_diffusers(
         what = " and ".join(f"{len(keys)} {kind.replace('_', ' ')} ({keys[0]} ...)" for kind, keys in wrong.items())
         raise DiffratioError(f"weights of {source!r} do not fit their configuration: {what}")
     assert isinstance(transformer, nn.Module)
+    values = transformer.state_dict()
+    check_values(values, values, Path(source))
     return transformer
 
 
 def _from_hub(name: str, revision: str | None = None) -> nn.Module:
-    return _by_diffusers(_family(_hub_config(name, revision), Path(name)), name, revision=revision)
+    config = _hub_config(name, revision)
+    check_sizes(config, Path(name))
+    return _by_diffusers(_family(config, Path(name)), name, revision=revision)
 
 
 def _hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -371,7 +382,7 @@ def _vae(folder: Path, dtype: torch.dtype | None) -> Any:
         return AutoencoderKL.from_pretrained(
             folder / layout.VAE, local_files_only=True, torch_dtype=dtype or torch.float32
         ).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as of transformers
         raise DiffratioError(f"{str(folder / layout.VAE)!r} cannot be loaded: {_first_line(error)}") from None
 
 
@@ -380,5 +391,9 @@ def _names(folder: Path) -> dict[int, str] | None:
     if (folder / layout.CARD).is_file():
         return read_card(folder).id2label
     index = folder / layout.INDEX
-    names = _mapping(index, "pipeline index").get("id2label") if index.is_file() else None
-    return {int(key): str(name) for key, name in names.items()} if isinstance(names, Mapping) else None
+    names = read_index(index).get("id2label") if index.is_file() else None
+    if not isinstance(names, Mapping):
+        return None
+    if not all(key.isdecimal() and len(key) < 10 and isinstance(name, str) for key, name in names.items()):
+        raise DiffratioError(f"{str(index)!r}: id2label must give numbers of classes their names")
+    return {int(key): name for key, name in names.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch import nn
 
 from diffratio.backbones import backbone_of
 from diffratio.checkpoint import layout
+from diffratio.checkpoint.bounds import check_scheduler
+from diffratio.conditions.index import read_index
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json, write_json
 
@@ -84,8 +85,8 @@ def pipeline_around(transformer: nn.Module, folder: Path, parts: Any, device: to
         named = next(one for one in type(parts).__mro__ if one.__module__.startswith("diffusers."))
         return _made(named, parts, transformer, folder).to(device)
     path = parts / layout.INDEX
-    index = read_json(path, "pipeline index")
-    kind = getattr(diffusers, str(index.get("_class_name")), None) if isinstance(index, Mapping) else None
+    index = read_index(path)
+    kind = getattr(diffusers, index["_class_name"], None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise DiffratioError(f"{str(path)!r}: _class_name {index.get('_class_name')!r} is no pipeline of diffusers")
     missing = [
@@ -105,7 +106,7 @@ def pipeline_around(transformer: nn.Module, folder: Path, parts: Any, device: to
     options: dict[str, Any] = {"transformer": None, "torch_dtype": dtype, "use_safetensors": True}
     try:
         loaded = kind.from_pretrained(parts, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
+    except Exception as error:  # parts of two libraries, whose damaged files raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffratioError(f"pipeline {str(parts)!r} cannot be loaded: {first}") from None
     return _made(kind, loaded, transformer, folder).to(device)
@@ -129,14 +130,15 @@ def scheduler_of(folder: Path) -> Any:
     import diffusers
 
     path = folder / layout.SCHEDULER / "scheduler_config.json"
-    config = read_json(path, "scheduler configuration")
+    config = read_json(path, "scheduler configuration", finite=False)
     name = config.get("_class_name") if isinstance(config, dict) else None
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise DiffratioError(f"{str(path)!r}: _class_name {name!r} is no scheduler of diffusers")
+    check_scheduler(config, path, kind)
     try:
         return kind.from_config(config)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # what constructors raise on values that nobody gave them before
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffratioError(f"{str(path)!r}: {first}") from None
 

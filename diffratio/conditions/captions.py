@@ -213,7 +213,7 @@ def load_captions(folder: str | Path, encoder: EncoderId | None = None) -> Capti
     try:
         made_by = EncoderId(**document["encoder"])
         shards = [(str(one["file"]), str(one["sha256"])) for one in document["shards"]]
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise DiffratioError(f"{str(path / _MANIFEST)!r} lacks a part ({error}); precompute it anew") from None
     if encoder is not None and made_by != encoder:
         raise DiffratioError(
@@ -227,17 +227,24 @@ def load_captions(folder: str | Path, encoder: EncoderId | None = None) -> Capti
             if sha256(file) != digest:
                 raise DiffratioError(f"{str(file)!r} is damaged: it does not have the sha256 of the manifest")
             found = load_file(file)
+            if found["offsets"].dtype != torch.int64 or found["offsets"].ndim != 1 or found["states"].ndim != 2:
+                raise KeyError("states and offsets")
             states.append(found["states"])
             if made_by.pooled:
                 pooled.append(found["pooled"])
             offsets.append(found["offsets"][1:] + end)
             end += int(found["offsets"][-1])
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, LookupError) as error:
             raise DiffratioError(f"{str(file)!r} cannot be read ({error}); precompute the captions anew") from None
     if not isinstance(texts, list) or not states:
         raise DiffratioError(f"{str(path)!r} holds no captions; precompute them anew")
-    whole = torch.cat(pooled) if pooled else None
-    return Captions([str(text) for text in texts], torch.cat(states), torch.cat(offsets), made_by, whole)
+    try:
+        together, whole = torch.cat(states), torch.cat(pooled) if pooled else None
+    except RuntimeError as error:
+        raise DiffratioError(f"captions in {str(path)!r} do not fit together ({error}); precompute them anew") from None
+    if not together.is_floating_point() or not (whole is None or whole.is_floating_point()):
+        raise DiffratioError(f"{str(path)!r} does not hold states of captions; precompute them anew")
+    return Captions([str(text) for text in texts], together, torch.cat(offsets), made_by, whole)
 
 
 def cached_captions(texts: Sequence[str], encoder: str, tokens: int, say: Callable[[str], None]) -> Captions:

@@ -108,7 +108,8 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
         raise DiffratioError(
             f"text encoder {name!r} not found: no such folder; give {', '.join(PACKAGED)}, a folder or a hub id"
         )
-    source, options = (str(folder), {"local_files_only": True}) if local else (name, {})
+    source = str(folder) if local else name
+    options = {"trust_remote_code": False, **({"local_files_only": True} if local else {})}
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
     try:
@@ -117,7 +118,7 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
             kind: Any = T5EncoderModel if config.model_type == "t5" else AutoModel
             tokenizer = AutoTokenizer.from_pretrained(source, **parts[TOKENIZER], **options)
             model = kind.from_pretrained(source, use_safetensors=True, **parts[ENCODER], **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # damaged files of several formats raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffratioError(
             f"text encoder {name!r} cannot be loaded ({first[:200]}); give {', '.join(PACKAGED)}, a folder that "

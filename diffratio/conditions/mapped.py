@@ -50,7 +50,7 @@ class MappedCaptions(Captions):
         self._firsts, first = [], 0
         for part in self.parts:
             lengths = part.offsets.diff()
-            fits = part.offsets.shape == (len(part.texts) + 1,) and part.states.ndim == 2
+            fits = part.offsets.shape == (len(part.texts) + 1,) and part.states.ndim == 2 and int(part.offsets[0]) == 0
             if not fits or part.states.shape != (int(part.offsets[-1]), encoder.width) or len(lengths) == 0:
                 raise DiffratioError(
                     f"states of shape {tuple(part.states.shape)} with {len(part.offsets)} offsets are not those of "

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffratio.conditions.digest import ENCODER, weights_revision
-from diffratio.conditions.several import INDEX, has_several, hub_folder, set_revision, usual_tokens
-from diffratio.files import read_json
+from diffratio.conditions.index import INDEX, read_index
+from diffratio.conditions.several import has_several, hub_folder, set_revision, usual_tokens
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,9 @@ def pipeline_text(folder: str | Path) -> PipelineText | None:
         return None
     if has_several(path):
         return PipelineText(set_revision(path), usual_tokens(path), False)
-    index = read_json(path / INDEX, "pipeline index")
     import diffusers
 
-    kind: Any = getattr(diffusers, str(index.get("_class_name")), None) if isinstance(index, dict) else None
+    kind: Any = getattr(diffusers, read_index(path / INDEX)["_class_name"], None)
     if kind is None:
         return None
     parameter = inspect.signature(kind.__call__).parameters.get("max_sequence_length")

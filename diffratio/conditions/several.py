@@ -16,10 +16,10 @@ from torch import Tensor
 
 from diffratio.conditions.digest import ENCODER, TOKENIZER, encoders_revision
 from diffratio.conditions.identity import EncoderId
+from diffratio.conditions.index import INDEX, read_index
 from diffratio.errors import DiffratioError
 from diffratio.files import read_json
 
-INDEX = "model_index.json"  # of a pipeline folder
 _BATCH = 8
 _LONGEST = 512  # T5 tokens that the pipelines take
 _WITHOUT = ("transformer", "vae", "scheduler", "image_encoder", "feature_extractor")  # parts that read no text
@@ -139,7 +139,7 @@ class EncoderSet:
                 pipe = kind.from_pretrained(
                     self.folder, local_files_only=True, use_safetensors=True, torch_dtype=self._dtype, **none
                 )
-            except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
+            except Exception as error:  # damaged files of several formats raise anything
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise DiffratioError(
                     f"text encoders of {self.identity.name!r} cannot be loaded ({first[:200]}); give the folder or hub "
@@ -262,6 +262,11 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
         raise DiffratioError(f"{str(folder / part / 'config.json')!r} is no configuration")
     # files hold what differs from the class's defaults, or all of it
     defaults = {"hidden_size": 512, "projection_dim": 512, "d_model": 512}
+    for key in (*defaults, "max_position_embeddings"):
+        if key in found and type(found[key]) is not int:
+            raise DiffratioError(
+                f"{str(folder / part / 'config.json')!r}: {key} must be an integer, got {found[key]!r:.80}"
+            )
     return defaults | found
 
 
@@ -269,5 +274,4 @@ def _class_of(folder: Path) -> str | None:
     """The pipeline class that a folder names, None where it is no pipeline."""
     if not (folder / INDEX).is_file():
         return None
-    index = read_json(folder / INDEX, "pipeline index")
-    return str(index.get("_class_name")) if isinstance(index, dict) else None
+    return str(read_index(folder / INDEX)["_class_name"])

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 from diffratio.tokens.grid import TokenGrid
 
+MOST_STEPS = 1 << 16  # of a run; samplers know a thousand
+_MOST = 1 << 20  # text tokens of a sample, and samples of a batch
 Guidance = Literal["none", "cfg"]
 # what one forward's batch holds: both guidance halves in some order, one half alone, or no guidance (`one`)
 Halves = Literal["one", "cond_first", "uncond_first", "cond", "uncond"]
@@ -39,21 +41,25 @@ class SamplingRun:
         object.__setattr__(self, "noise_levels", tuple(float(u) for u in self.noise_levels))
         if not self.noise_levels:
             raise DiffratioError("a sampling run needs at least one step")
+        if self.steps > MOST_STEPS:
+            raise DiffratioError(f"a sampling run has at most {MOST_STEPS:,} steps, got {self.steps:,}")
         if any(not 0.0 <= u <= 1.0 for u in self.noise_levels):
-            raise DiffratioError(f"noise levels must lie in [0, 1], got {self.noise_levels}")
-        if self.guidance not in ("none", "cfg"):
-            raise DiffratioError(f"guidance must be 'none' or 'cfg', got {self.guidance!r}")
-        if type(self.text_tokens) is not int or self.text_tokens < 0:
-            raise DiffratioError(f"text tokens of a run must be an integer of at least 0, got {self.text_tokens!r}")
-        if type(self.batch) is not int or self.batch < 1:
-            raise DiffratioError(f"batch of a run must be an integer of at least 1, got {self.batch!r}")
+            raise DiffratioError(f"noise levels must lie in [0, 1], got {shortened(self.noise_levels)}")
+        if not isinstance(self.guidance, str) or self.guidance not in ("none", "cfg"):
+            raise DiffratioError(f"guidance must be 'none' or 'cfg', got {shortened(self.guidance)}")
+        if type(self.text_tokens) is not int or not 0 <= self.text_tokens <= _MOST:
+            raise DiffratioError(
+                f"text tokens of a run must be an integer of 0 to {_MOST}, got {shortened(self.text_tokens)}"
+            )
+        if type(self.batch) is not int or not 1 <= self.batch <= _MOST:
+            raise DiffratioError(f"batch of a run must be an integer of 1 to {_MOST}, got {shortened(self.batch)}")
         if self.guided is not None:
             self._check_guided()
 
     def _check_guided(self) -> None:
         guided = self.guided
         if not isinstance(guided, list | tuple) or any(type(one) is not bool for one in guided):
-            raise DiffratioError(f"guided steps of a run are a list of true and false, got {guided!r}")
+            raise DiffratioError(f"guided steps of a run are a list of true and false, got {shortened(guided)}")
         if len(guided) != self.steps:
             raise DiffratioError(
                 f"guided says it of {len(guided)} steps and the run has {self.steps}: give one for each"
@@ -125,7 +131,7 @@ class SamplingRun:
                 batch=document["batch"],
                 guided=document.get("guided"),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, DiffratioError):
                 raise
             raise DiffratioError(f"not a sampling run: {type(error).__name__} {error}") from None
@@ -143,8 +149,8 @@ def regions_of(noise_levels: Tensor, regions: int) -> Tensor:
 
 def uniform_run(steps: int, grid: TokenGrid, guidance: Guidance = "cfg", text_tokens: int = 0) -> SamplingRun:
     """The run of uniformly spaced levels 1, 1 - 1/S, ..., 1/S (flow-matching Euler with shift 1)."""
-    if steps < 1:
-        raise DiffratioError(f"steps must be at least 1, got {steps}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise DiffratioError(f"steps must be at least 1 and at most {MOST_STEPS:,}, got {steps}")
     return SamplingRun(tuple((steps - i) / steps for i in range(steps)), grid, guidance, text_tokens)
 
 

@@ -18,6 +18,7 @@ from diffratio.tokens.grid import TokenGrid
 FORMAT, VERSION = "diffratio-cost-table", 1
 MARGIN = 0.01
 DTYPES = ("float32", "bfloat16", "float16")
+_MOST = 1 << 20  # of any count
 _LARGEST = 4096  # of layers, tokens at a side and alignment, as elsewhere
 _COUNTS = {"width": 1, "text_tokens": 0, "batch": 1, "alignment": 1, "threads": 1, "repeats": 1, "warmup": 0}
 _NAMES = ("family", "model", "device")
@@ -71,8 +72,8 @@ class LatencyTable:
                 raise DiffratioError(f"cost table: {name} {getattr(self, name)!r} must be a name")
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise DiffratioError(f"cost table: {name} {value!r} must be an integer of at least {least}")
+            if type(value) is not int or not least <= value <= _MOST:
+                raise DiffratioError(f"cost table: {name} {value!r:.60} must be an integer of {least} to {_MOST}")
         if self.alignment > _LARGEST:
             raise DiffratioError(f"cost table: alignment {self.alignment!r} must be an integer in 1..{_LARGEST}")
         if self.dtype not in DTYPES:

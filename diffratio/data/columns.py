@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_LONGEST = 1 << 16  # characters of a caption; encoders read a few hundred
 
 
 def undecoded(table: Dataset, split: str, column: str) -> Dataset:
@@ -32,6 +36,40 @@ def undecoded(table: Dataset, split: str, column: str) -> Dataset:
         ) from error
 
 
+def check_places(table: Dataset, split: str, column: str, root: Path | None) -> None:
+    """Refuses rows that name a picture outside of their data's folder, which anyone's file could be.
+
+    Args:
+        table: with its image column undecoded.
+        split: its name, for the message.
+        column: of the images.
+        root: folder of the data; None where a library downloaded it.
+
+    Raises:
+        DiffratioError: names the first such row.
+    """
+    import pyarrow.compute as compute
+
+    if root is None:
+        return
+    values = table.with_format("arrow")[:][column].combine_chunks()
+    without = compute.and_(compute.is_valid(values), compute.is_null(compute.struct_field(values, "bytes")))
+    for row in np.flatnonzero(without.to_numpy(zero_copy_only=False)):
+        check_place(values[int(row)].as_py(), int(row), split, root)
+
+
+def check_place(record: Any, row: int, split: str, root: Path | None) -> None:
+    """`check_places` of one row, its picture's `bytes` and `path`."""
+    path = record.get("path") if isinstance(record, dict) and record.get("bytes") is None else None
+    if root is None or path is None:
+        return
+    if not os.path.normpath(path).startswith(os.path.join(os.path.abspath(root), "")):
+        raise DiffratioError(
+            f"row {row} of split {split!r} holds no picture but the name of one outside of {str(root)!r} "
+            f"({shortened(path)}); store the picture in the row, or put it into that folder"
+        )
+
+
 def class_names(table: Dataset, split: str, column: str | None, num_classes: int) -> list[str]:
     """Names of the classes in a label column: its own, the sorted texts, or the numbers.
 
@@ -50,13 +88,19 @@ def class_names(table: Dataset, split: str, column: str | None, num_classes: int
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
     else:
-        values = _values(table, column)
+        values = _values(table, column, split)
         if values.dtype == object:
             values = np.array([value for value in values if value is not None])
         if values.dtype.kind in "US":
             names = [str(name) for name in np.unique(values)]
         elif values.dtype.kind in "iub":
-            names = [str(number) for number in range(int(values.max(initial=-1)) + 1)]
+            highest = int(values.max(initial=0))
+            if highest >= num_classes:  # before as many names are made
+                raise DiffratioError(
+                    f"column {column!r} has classes up to {highest} (row {int(values.argmax())} of split {split!r}), "
+                    f"but num_classes={num_classes}; set num_classes to {highest + 1} or more"
+                )
+            names = [str(number) for number in range(highest + 1)]
         else:
             raise DiffratioError(
                 f"column {column!r} of split {split!r} holds {feature}, not classes; set label_column to a column of "
@@ -77,14 +121,21 @@ def class_indices(table: Dataset, split: str, column: str, names: list[str]) -> 
         DiffratioError: a row without a class, or with one that is not among `names`.
     """
     _require(table, split, column, "label_column")
-    values = _values(table, column)
+    values = _values(table, column, split)
     if values.dtype.kind in "US" or any(isinstance(value, str) for value in values):
         index = {name: number for number, name in enumerate(names)}
         labels = np.array([index.get(str(value), -1) for value in values], dtype=np.int64)
     elif values.dtype.kind in "iub":
-        labels = values.astype(np.int64)
+        labels = np.clip(values, None, len(names)).astype(np.int64)  # a number of 64 bits would become a negative one
+    elif all(value is None or isinstance(value, int) for value in values.tolist()):
+        labels = np.array(
+            [-1 if value is None else max(-1, min(value, len(names))) for value in values], dtype=np.int64
+        )
     else:
-        labels = np.array([-1 if value is None else int(value) for value in values], dtype=np.int64)
+        raise DiffratioError(
+            f"column {column!r} of split {split!r} holds {table.features[column]}, not classes; set label_column to a "
+            f"column of integers or names among {', '.join(table.column_names)}"
+        )
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
         row = int(wrong[0])
@@ -102,17 +153,31 @@ def captions_of(table: Dataset, split: str, column: str) -> list[str]:
         DiffratioError: no such column, one that holds no text, or a row with no caption or an empty one.
     """
     _require(table, split, column, "caption_column", "; or set text to null for a model without text")
-    values = _values(table, column).tolist()
+    values = _values(table, column, split).tolist()
     for row, value in enumerate(values):
         if not isinstance(value, str) or not value.strip():
             raise DiffratioError(
                 f"row {row} of split {split!r} has no caption ({column}={value!s}); write one, remove the row, or set "
                 f"caption_column to another of {', '.join(table.column_names)}"
             )
+        if len(value) > _LONGEST:
+            raise DiffratioError(
+                f"row {row} of split {split!r} has a caption of {len(value):,} characters ({value[:60]!r}...), "
+                f"and at most {_LONGEST:,} are taken; cut it or remove the row"
+            )
     return [str(value) for value in values]
 
 
-def _values(table: Dataset, column: str) -> NDArray[np.generic]:
+def _values(table: Dataset, column: str, split: str) -> NDArray[np.generic]:
+    try:
+        return _read_values(table, column)
+    except Exception as error:  # arrow's error types differ with the column's type
+        raise DiffratioError(
+            f"column {column!r} of split {split!r} cannot be read ({type(error).__name__}: {error}); mend its file"
+        ) from error
+
+
+def _read_values(table: Dataset, column: str) -> NDArray[np.generic]:
     values = table.select_columns([column]).with_format("arrow")[:][column]
     if values.null_count:  # stay as objects, so that a gap keeps its row
         return np.array(values.to_pylist(), dtype=object)

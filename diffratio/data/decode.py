@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffratio.files import open_picture
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -48,11 +50,9 @@ def size_of(record: dict[str, Any]) -> tuple[int, int]:
 
 
 def _opened(record: dict[str, Any]) -> Image.Image:
-    from PIL import Image
-
     if record is None or (record["bytes"] is None and record["path"] is None):
         raise ValueError("the row holds no image")
-    return Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"]))
+    return open_picture(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"]))
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffratio.data.columns import captions_of, class_indices, class_names, undecoded
+from diffratio.data.columns import captions_of, check_place, check_places, class_indices, class_names, undecoded
 from diffratio.data.decode import decode
-from diffratio.data.source import open_source, open_stream
+from diffratio.data.source import local_root, open_source, open_stream
 from diffratio.errors import DiffratioError
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def open_feeds(settings: FeedSettings, streaming: bool) -> tuple[list[Feed], lis
     feeds = []
     for name in names:
         table = undecoded(tables[name], name, settings.image_column)
+        check_places(table, name, settings.image_column, local_root(settings.source))
         if len(table) == 0:
             raise DiffratioError(
                 f"split {name!r} of data source {settings.source!r} is empty; add rows or leave it out"
@@ -186,6 +187,7 @@ def _follower(settings: FeedSettings, split: str, stream: IterableDataset, class
             undecoded = stream.cast_column(settings.image_column, Image(decode=False))
         except Exception as error:  # arrow's error types differ with the column's type
             raise DiffratioError(f"split {split!r} has no images in {settings.image_column!r} ({error})") from error
+        root = local_root(settings.source)
         for number, values in enumerate(undecoded):
             label, caption = 0, ""
             if settings.num_classes is not None:
@@ -203,6 +205,7 @@ def _follower(settings: FeedSettings, split: str, stream: IterableDataset, class
                         f"row {number} of split {split!r} has no caption ({settings.caption_column}={caption!r}); it "
                         f"has {', '.join(values)}: set data.caption_column, or remove the row"
                     )
+            check_place(values.get(settings.image_column), number, split, root)
             if settings.image_column not in values:
                 raise DiffratioError(f"split {split!r} has no column {settings.image_column!r}: set data.image_column")
             yield Row(number, values[settings.image_column], label, caption)

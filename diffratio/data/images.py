@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from diffratio.conditions import Captions, Classes, Conditions, cached_captions
 from diffratio.data.buckets import BucketOrder, BucketStream, nearest, read_buckets
-from diffratio.data.columns import captions_of, class_indices, class_names, undecoded
+from diffratio.data.columns import captions_of, check_places, class_indices, class_names, undecoded
 from diffratio.data.registry import embedded_sets
-from diffratio.data.source import open_source
+from diffratio.data.source import local_root, open_source
 from diffratio.data.split import ImageFormat, ImageSplit, interleaved
 from diffratio.data.stream import Augmentation, Batch, Cursor, Shard, TrainStream, ValidationStream
 from diffratio.errors import DiffratioError
@@ -289,7 +289,9 @@ class ImageData(LightningDataModule):
             raise DiffratioError(
                 f"split {split!r} of data source {self.source!r} is empty; set {argument} to a split with images"
             )
-        return undecoded(tables[split], split, self.image_column)
+        table = undecoded(tables[split], split, self.image_column)
+        check_places(table, split, self.image_column, local_root(self.source))
+        return table
 
     def _split(self, name: str, table: Dataset) -> ImageSplit:
         labels = np.zeros(len(table), dtype=np.int64)

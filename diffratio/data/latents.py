@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from diffratio.data.images import ImageData
 from diffratio.data.manifest import Manifest, read_manifest
 from diffratio.data.split import ImageSplit
 from diffratio.errors import DiffratioError
+from diffratio.files import parse_json
 from diffratio.sampling.vae import LatentCoder, identify, load_vae
 
 KIND = "precomputed"  # what a config's `kind` says
@@ -281,7 +281,8 @@ class LatentData(ImageData):
                     f"{str(path)!r} holds latents {tuple(found['latents'].shape)} and the manifest says {shape}; "
                     "precompute them anew"
                 )
-            own = found["labels"].numpy()
+            most = self.manifest.classes if self.manifest.text is None else shard.captions
+            own = _labels(path, found["labels"], shard.samples, most)
             if self.manifest.text is not None:
                 parts.append(_captions(path, shard.captions, bool(self.manifest.text.pooled)))
                 own, first = own + first, first + shard.captions
@@ -291,15 +292,36 @@ class LatentData(ImageData):
         return LatentSplit(name, files, np.arange(self.manifest.samples(name)), np.concatenate(labels))
 
 
+def _labels(path: Path, labels: Tensor, samples: int, most: int | None) -> NDArray[np.int64]:
+    """Class or caption of each latent of a file, (n,) int64; `most` is how many there are, None without classes."""
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (samples,):
+        raise DiffratioError(
+            f"{str(path)!r} holds labels {tuple(labels.shape)} of {str(labels.dtype)[6:]}, not {samples} of int64; "
+            "precompute them anew"
+        )
+    wrong = (labels < 0) | (labels >= (1 if most is None else most))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise DiffratioError(
+            f"{str(path)!r}: row {row} has label {int(labels[row])}, and there are {1 if most is None else most}; "
+            "precompute them anew"
+        )
+    return labels.numpy()
+
+
 def _captions(path: Path, count: int, pooled: bool) -> CaptionPart:
     found = _tensors(path, ("states", "offsets", "captions", *(("pooled",) if pooled else ())))
     try:
-        texts = json.loads(found["captions"].numpy().tobytes())
-    except ValueError as error:
+        texts = parse_json(found["captions"].numpy().tobytes())
+    except (ValueError, TypeError) as error:
         raise DiffratioError(f"captions in {str(path)!r} cannot be read ({error}); precompute them anew") from None
     if not isinstance(texts, list) or len(texts) != count:
         raise DiffratioError(f"{str(path)!r} does not hold the {count} captions of the manifest; precompute them anew")
-    return CaptionPart(tuple(map(str, texts)), found["states"], found["offsets"].clone(), found.get("pooled"))
+    states, offsets, pooled_states = found["states"], found["offsets"], found.get("pooled")
+    floating = states.is_floating_point() and (pooled_states is None or pooled_states.is_floating_point())
+    if not floating or offsets.dtype != torch.int64 or offsets.ndim != 1:
+        raise DiffratioError(f"{str(path)!r} does not hold states of captions; precompute them anew")
+    return CaptionPart(tuple(map(str, texts)), states, offsets.clone(), pooled_states)
 
 
 def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffratio.conditions import EncoderId
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 from diffratio.files import read_json, sha256, write_json
 from diffratio.sampling.vae import VaeId
 
@@ -17,6 +17,8 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "diffratio-latents", 1
 DTYPES = ("float16", "float32")
 PREPARATIONS = ("none", "lower")
+_MOST = 1 << 32  # of any count; sizes of files are compared with the files
+_LARGEST_SIDE = 1 << 16  # pixels
 _FIXED = {"statistic": "mean", "scaled": "when read: (mean - shift) * scale"}
 
 
@@ -37,6 +39,16 @@ class LatentShard:
     captions: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str) or Path(self.file).name != self.file:  # a manifest names no files elsewhere
+            raise DiffratioError(f"file {shortened(self.file)} must be a name")
+        if not isinstance(self.sha256, str):
+            raise DiffratioError(f"sha256 of {self.file!r} must be text, got {shortened(self.sha256)}")
+        for key in ("samples", "captions", "bytes"):
+            value = getattr(self, key)
+            if type(value) is not int or not 0 <= value <= (_MOST if key != "bytes" else _MOST << 16):
+                raise DiffratioError(f"{key} of {self.file!r} must be a count, got {shortened(value)}")
 
 
 @dataclass(frozen=True)
@@ -75,10 +87,18 @@ class Manifest:
     null: LatentShard | None = None
 
     def __post_init__(self) -> None:
+        for key in ("name", "source", "dtype", "prepared"):
+            if not isinstance(getattr(self, key), str):
+                raise DiffratioError(f"{key} must be text, got {shortened(getattr(self, key))}")
+        if self.classes is not None and (type(self.classes) is not int or not 1 <= self.classes <= _MOST):
+            raise DiffratioError(f"classes must be an integer of 1 to {_MOST} or null, got {shortened(self.classes)}")
+        if not all(isinstance(name, str) for name in self.class_names):
+            raise DiffratioError("class_names must be a list of names")
         if self.dtype not in DTYPES or self.prepared not in PREPARATIONS:
             raise DiffratioError(f"dtype {self.dtype!r} or prepared {self.prepared!r} is unknown")
-        if type(self.image_size) is not int or self.image_size < 1 or self.image_size % self.vae.factor:
-            raise DiffratioError(f"image_size {self.image_size!r} is no multiple of the VAE's {self.vae.factor}")
+        size, factor = self.image_size, self.vae.factor
+        if type(size) is not int or not 1 <= size <= _LARGEST_SIDE or size % factor:
+            raise DiffratioError(f"image_size {size!r:.40} is no multiple of the VAE's {factor} up to {_LARGEST_SIDE}")
         if not self.splits or (self.text is None) != (self.null is None):
             raise DiffratioError("splits or the empty caption are missing")
 
@@ -123,7 +143,7 @@ def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
     document = read_json(path / MANIFEST, "manifest of latents")
     try:
         manifest = _manifest(document)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise DiffratioError(f"{str(path / MANIFEST)!r}: {reason}; precompute it anew") from None
     shards = [shard for split in manifest.splits.values() for shard in split]
@@ -157,7 +177,4 @@ def _manifest(document: Any) -> Manifest:
 
 
 def _shard(values: Mapping[str, Any]) -> LatentShard:
-    shard = LatentShard(**values)
-    if Path(shard.file).name != shard.file:  # a manifest does not name files elsewhere
-        raise ValueError(f"file {shard.file!r} must be a name")
-    return shard
+    return LatentShard(**values)

@@ -77,6 +77,14 @@ def open_stream(source: str) -> dict[str, IterableDataset]:
     return {str(name): split for name, split in loaded.items()}
 
 
+def local_root(source: str) -> Path | None:
+    """The folder that a source's files lie in; None for an embedded or a hub set."""
+    path = Path(source).expanduser()
+    if source in embedded_sets() or not path.exists():
+        return None
+    return path if path.is_dir() else path.parent
+
+
 def _embedded(name: str) -> dict[str, Dataset]:
     import pyarrow.parquet as parquet
     from datasets import Dataset

@@ -183,7 +183,7 @@ class Record:
             )
         except DiffratioError as error:
             raise DiffratioError(f"{where}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise DiffratioError(f"{where} is not a record: {type(error).__name__} {error}") from None
         if document.get("id") != record.id:
             raise DiffratioError(f"{where}: id is {document.get('id')!r}, its arm, budget and seed say {record.id!r}")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffratio.errors import DiffratioError
+from diffratio.files import open_picture
 from diffratio.inpainting.holes import SHAPES, hole
 from diffratio.inpainting.settings import InpaintSettings
 
@@ -106,12 +107,10 @@ def read_mask(path: Path, size: int) -> NDArray[np.bool_]:
     Raises:
         DiffratioError: no picture, of another size than the pictures, or without a white pixel.
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             grey = np.asarray(picture.convert("L"))
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files raise anything from OSError to SyntaxError
         raise DiffratioError(f"mask {str(path)!r} cannot be read ({error}); give a PNG, white = hole") from None
     height, width = grey.shape
     if (height, width) != (size, size):

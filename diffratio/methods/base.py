@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffratio.catalog import METHODS as _METHODS
 from diffratio.cost.macs import BlockUse, Cost, CostTable, Description, run_cost
 from diffratio.cost.run import SamplingRun, StepContext
-from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
+from diffratio.errors import BudgetUnreachable, DiffratioError, shortened, unknown
 from diffratio.methods.actions import Reuse, Skip, StepAction
 from diffratio.methods.calls import BlockCall as BlockCall
 from diffratio.methods.step_schedule import StepSchedule, load_step_schedule
@@ -428,6 +428,8 @@ def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
             raise unknown(f"key of method {document['name']!r}", key, fields)
         if "KeepSchedule" in fields[key] and isinstance(value, Mapping):
             values[key] = KeepSchedule.from_json(value)
+        elif "KeepSchedule" in fields[key] and not isinstance(value, KeepSchedule | None):
+            raise DiffratioError(f"method {document['name']!r}: {key} is {shortened(value)}, not a keep schedule")
         elif "StepSchedule" in fields[key] and value is not None:
             read = isinstance(value, Mapping)
             values[key] = StepSchedule.from_json(value) if read else load_step_schedule(value, budget)
@@ -435,5 +437,7 @@ def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
             values[key] = tuple(value)
     try:
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        if isinstance(error, DiffratioError):
+            raise
         raise DiffratioError(f"method {document['name']!r}: {error}") from None

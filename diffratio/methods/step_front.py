@@ -51,6 +51,9 @@ class StepFront:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(sorted(self.entries, key=lambda one: one.fraction)))
+        for one in self.entries:
+            if not all(math.isfinite(value) for value in (one.fraction, one.error, one.held_out_error or 0.0)):
+                raise DiffratioError("step front: a fraction or an error is no finite number; search again")
         if not self.entries:
             raise DiffratioError("step front: it holds no schedule; search again")
 
@@ -109,7 +112,7 @@ class StepFront:
                     for one in document["entries"]
                 )
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, DiffratioError):
                 raise
             raise DiffratioError(f"not a step front: {type(error).__name__} {error}") from None

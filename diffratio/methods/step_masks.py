@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 from diffratio.cost.macs import Description
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import DiffratioError, shortened
+from diffratio.files import parse_json, read_text
 from diffratio.methods.step_schedule import COMPUTE, REUSE, StepSchedule
 
+_LARGEST = 1 << 20  # bytes of a file
 TIMESTEPS = 1000  # that published lists of timesteps count
 FORMS = (
     "0 and 1 for every step (1 is computed), rising numbers of the computed steps from 0, or falling timesteps below "
@@ -74,16 +75,13 @@ def read_mask(path: str | Path, description: Description, run: SamplingRun) -> S
     Raises:
         DiffratioError: no such file, or not such a list.
     """
-    where = f"step mask {str(path)!r}"
+    where = f"step mask {shortened(str(path))}"
+    text = read_text(path, where, _LARGEST)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DiffratioError(f"{where} cannot be read ({error})") from None
-    try:
-        numbers = json.loads(text)
+        numbers = parse_json(text)
     except ValueError:
         words = re.split(r"[\s,;]+", text.strip().strip("[]"))
-        if not all(word.isdecimal() for word in words):
+        if not all(word.isdecimal() and len(word) < 10 for word in words):
             raise DiffratioError(f"{where}: it takes {FORMS}; got {shortened(text.strip())}") from None
         numbers = [int(word) for word in words]
     if not isinstance(numbers, list):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from diffratio.cost.macs import Description
-from diffratio.cost.run import SamplingRun
-from diffratio.errors import DiffratioError
+from diffratio.cost.run import MOST_STEPS, SamplingRun
+from diffratio.errors import DiffratioError, shortened
 from diffratio.files import write_json
 
 FORMAT, VERSION = "diffratio step schedule", 1
@@ -59,7 +59,7 @@ def check_action(action: Any, where: str) -> None:
     """Raises DiffratioError for what is not one of the letters."""
     if not isinstance(action, str) or action not in ACTIONS:
         meanings = ", ".join(f"{letter} ({meaning})" for letter, meaning in ACTIONS.items())
-        raise DiffratioError(f"{where}: unknown action {action!r}; known are {meanings}")
+        raise DiffratioError(f"{where}: unknown action {shortened(action)}; known are {meanings}")
 
 
 def check_actions(actions: Sequence[str], where: str) -> None:
@@ -94,13 +94,19 @@ class StepSchedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))
         object.__setattr__(self, "noise_levels", tuple(float(u) for u in self.noise_levels))
+        if len(self.choices) > MOST_STEPS:
+            raise DiffratioError(
+                f"step schedule: it has {len(self.choices):,} steps, and at most {MOST_STEPS:,} are taken"
+            )
         check_actions([one.action for one in self.choices], "step schedule")
         if len(self.noise_levels) != len(self.choices):
             raise DiffratioError(
                 f"step schedule: {len(self.choices)} steps and {len(self.noise_levels)} noise levels; give one for each"
             )
         if any(not 0 <= u <= 1 for u in self.noise_levels):
-            raise DiffratioError(f"step schedule: noise levels must lie in [0, 1], got {self.noise_levels}")
+            raise DiffratioError(f"step schedule: noise levels must lie in [0, 1], got {shortened(self.noise_levels)}")
+        if not isinstance(self.family, str) or not isinstance(self.weights_sha256, str | None):
+            raise DiffratioError("step schedule: family and weights_sha256 of the model must be text")
         for name, value in (("layers", self.layers), ("width", self.width)):
             if type(value) is not int or value < 1:
                 raise DiffratioError(f"step schedule: {name} of the model must be an integer from 1, got {value!r}")
@@ -229,12 +235,12 @@ class StepSchedule:
             return cls(
                 tuple(StepChoice(row["action"], row.get("ratio", 0.0)) for row in rows),
                 tuple(float(row["noise_level"]) for row in rows),
-                str(model["family"]),
+                model["family"],
                 model["layers"],
                 model["width"],
                 model.get("weights_sha256"),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, DiffratioError):
                 raise
             raise DiffratioError(f"not a step schedule: {type(error).__name__} {error}") from None

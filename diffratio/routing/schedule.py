@@ -8,7 +8,7 @@ from typing import Any
 
 from diffratio.cost.macs import ALL_BINS, BINS, UNITS, CostTable, check_bins, tokens_of_bin
 from diffratio.cost.run import SamplingRun
-from diffratio.errors import BudgetUnreachable, DiffratioError, unknown
+from diffratio.errors import BudgetUnreachable, DiffratioError, shortened, unknown
 
 Table = tuple[tuple[int, ...], ...]
 SLACK = 0.01  # a budget is met within [budget - SLACK, budget]
@@ -47,7 +47,7 @@ class KeepSchedule:
             for region, bin_ in enumerate(row):
                 if type(bin_) is not int or bin_ not in BINS:
                     raise DiffratioError(
-                        f"keep schedule: bins[{layer}][{region}] is {bin_!r}; allowed are the integers 0..10"
+                        f"keep schedule: bins[{layer}][{region}] is {shortened(bin_)}; allowed are the integers 0..10"
                     )
         if not 0 < self.budget <= 1:
             raise DiffratioError(f"keep schedule: budget {self.budget!r} is outside (0, 1]")
@@ -58,7 +58,7 @@ class KeepSchedule:
             raise DiffratioError(
                 f"keep schedule: bin {min(missing)} is used and not in allowed_bins {list(self.allowed_bins)}"
             )
-        if self.unit not in UNITS:
+        if not isinstance(self.unit, str) or self.unit not in UNITS:
             raise unknown("unit of a keep schedule", self.unit, UNITS)
 
     @classmethod
@@ -102,7 +102,7 @@ class KeepSchedule:
             run = SamplingRun.from_json(document["run"])
             allowed, unit = document.get("allowed_bins", ALL_BINS), document.get("unit", "macs")
             return cls(rows, run, float(document["budget"]), document["alignment"], allowed, unit)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, DiffratioError):
                 raise
             raise DiffratioError(f"not a keep schedule: {type(error).__name__} {error}") from None

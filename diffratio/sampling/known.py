@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffratio.backbones.widening import image_channels, inpaints
 from diffratio.errors import DiffratioError
+from diffratio.files import open_picture
 from diffratio.inpainting import Known
 
 
@@ -91,14 +92,12 @@ def read_pictures(paths: Sequence[str]) -> list[Any]:
     Raises:
         DiffratioError: one cannot be read; names it.
     """
-    from PIL import Image, UnidentifiedImageError
-
     found = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
+            with open_picture(path) as picture:
                 picture.load()
                 found.append(picture)
-        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged files raise anything from OSError to SyntaxError
             raise DiffratioError(f"picture {path!r} cannot be read ({error}); give a PNG or JPEG") from None
     return found

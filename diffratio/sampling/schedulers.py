@@ -161,6 +161,18 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = No
     Raises:
         DiffratioError: fewer than 1 step, more than the scheduler knows, or a number that it cannot space.
     """
+    try:
+        _set_steps(scheduler, steps, device)
+    except DiffratioError:
+        raise
+    except Exception as error:  # what diffusers raises on settings that contradict each other
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DiffratioError(
+            f"{type(scheduler).__name__} with its settings cannot space {steps} steps: {first}"
+        ) from None
+
+
+def _set_steps(scheduler: Any, steps: int, device: torch.device | str | None) -> None:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 

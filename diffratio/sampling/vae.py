@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ class VaeId:
     factor: int
     scale: float
     shift: float
+
+    def __post_init__(self) -> None:
+        for key in ("name", "revision"):
+            if not isinstance(getattr(self, key), str):
+                raise DiffratioError(f"vae: {key} must be text, got {getattr(self, key)!r:.80}")
+        for key in ("channels", "factor"):
+            value = getattr(self, key)
+            if type(value) is not int or not 1 <= value <= 1 << 16:
+                raise DiffratioError(f"vae: {key} must be an integer of 1 to 65536, got {value!r:.80}")
+        for key in ("scale", "shift"):
+            value = getattr(self, key)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise DiffratioError(f"vae: {key} must be a finite number, got {value!r:.80}")
 
     def __str__(self) -> str:
         return (
@@ -144,9 +158,9 @@ def load_vae(source: str | Path) -> LatentCoder:
                 str(places[0]), subfolder=subfolder, torch_dtype=torch.float32, use_safetensors=True, **options
             )
             return LatentCoder(loaded, name)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            if isinstance(error, DiffratioError):
-                raise
+        except DiffratioError:
+            raise
+        except Exception as error:  # damaged files of several formats raise anything
             problem = error
     first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     raise DiffratioError(

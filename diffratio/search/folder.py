@@ -45,7 +45,7 @@ class SearchFolder:
                 str(kind): [tuple(int(step) for step in table) for table in tables]
                 for kind, tables in document["timetables"].items()
             }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             if isinstance(error, DiffratioError):
                 raise
             raise DiffratioError(f"{str(file)!r} is damaged ({type(error).__name__}); choose another folder") from None

@@ -15,7 +15,7 @@ from diffratio.checkpoint import checkpoints_root
 from diffratio.cost.macs import CostTable, Description, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
-from diffratio.files import atomic_file
+from diffratio.files import atomic_file, parse_json
 from diffratio.routing.allocate import ErrorModel, Path, allocate
 from diffratio.routing.schedule import KeepSchedule, Table
 from diffratio.surgery import weights_digest
@@ -168,14 +168,14 @@ def load_sensitivity(path: str | FilePath) -> Sensitivity:
         )
     try:
         with safe_open(path, "pt") as file:
-            header: Any = json.loads((file.metadata() or {}).get("diffratio", "null"))
+            header: Any = parse_json((file.metadata() or {}).get("diffratio", "null"))
             if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
                 raise DiffratioError(
                     f"{str(path)!r} holds no sensitivity map of this release; `diffratio measure` again"
                 )
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         return _from(header, tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         if isinstance(error, DiffratioError):
             raise
         raise DiffratioError(

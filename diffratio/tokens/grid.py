@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from diffratio.errors import DiffratioError
 
+LARGEST_SIDE = 4096  # tokens at a side
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -20,8 +22,11 @@ class TokenGrid:
     width: int
 
     def __post_init__(self) -> None:
-        if type(self.height) is not int or type(self.width) is not int or self.height < 1 or self.width < 1:
-            raise DiffratioError(f"token grid {self.height!r}x{self.width!r}: both sides must be integers from 1")
+        if not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in (self.height, self.width)):
+            raise DiffratioError(
+                f"token grid {self.height!r:.40}x{self.width!r:.40}: both sides must be integers from 1 to "
+                f"{LARGEST_SIDE}"
+            )
 
     @property
     def tokens(self) -> int:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffratio.errors import DiffratioError
-from diffratio.training.run import CONFIG_FILE, RESULT_FILE, check, compose, plain_config, train
+from diffratio.training.run import CONFIG_FILE, RESULT_FILE, check, compose, plain_config, read_config, train
 
 CONTROL = "dense_finetuned"
 # change no weight (of a run whose numbers stay finite)
@@ -131,7 +129,7 @@ def _check_same(run: ArmRun) -> None:
     file = run.folder / CONFIG_FILE
     if not file.is_file():
         return
-    before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    before = _flat(read_config(file))
     now = _flat(plain_config(run.config))
     for key in {**before, **now}:
         if not key.startswith(("hydra.", *_FREE)) and before.get(key) != now.get(key):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from diffratio.conditions import Captions, Conditions
 from diffratio.conditions.mapped import MappedCaptions
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError
+from diffratio.files import read_json
 from diffratio.sampling.prompted import pipeline_guidance
 from diffratio.sampling.schedulers import default_sampler, sampler_of
 from diffratio.surgery import adapter_layers
@@ -155,7 +155,7 @@ def export_checkpoint(
     result: dict[str, Any] = {}
     result_file = folder / "result.json"
     if result_file.is_file():
-        result = json.loads(result_file.read_text(encoding="utf-8"))
+        result = read_json(result_file, "result of the run")
     precision = getattr(torch, dtype) if dtype else None
     card = card_of(plain, {"steps": saved["global_step"], **result}, module.conditions)
     write = export_module_adapter if adapter else export_module

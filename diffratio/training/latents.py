@@ -111,7 +111,7 @@ def _check_objective(folder: Path, objective: str) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return
-    config = read_json(path, "scheduler configuration")
+    config = read_json(path, "scheduler configuration", finite=False)
     flow = "FlowMatch" in str(config.get("_class_name")) or config.get("use_flow_sigmas")
     own = ("flow_sample" if config.get("prediction_type") == "sample" else "flow") if flow else "noise"
     if own != objective:

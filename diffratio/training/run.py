@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -22,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffratio.errors import DiffratioError, RunFailed, Terminated, unknown
-from diffratio.files import atomic_file, configs_folder, writable_folder, write_json
+from diffratio.files import atomic_file, configs_folder, read_text, writable_folder, write_json
 
+_LARGEST_CONFIG, _DEEPEST = 1 << 20, 32  # bytes; mappings and lists inside each other
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
 # warnings about what is so on purpose: data of our own that resumes, folders that hold a run, blocks that return views
 # (nothing is done in place on them)
@@ -44,7 +46,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     _check_overrides(config_name, overrides)
     try:
         return _compose(config_name, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last of a group without a name
         raise DiffratioError(f"config {config_name!r}: {_first_line(error)}") from None
 
 
@@ -91,7 +93,7 @@ def _check_overrides(config_name: str, overrides: Sequence[str]) -> None:
             values.append((key, str(override.input_line)))
     try:
         base = _compose(config_name, groups)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last of a group without a name
         raise DiffratioError(f"config {config_name!r}: {_first_line(error)}") from None
     keys = _flat(OmegaConf.to_container(base, resolve=False))
     for key, line in values:
@@ -113,9 +115,9 @@ def _flat(document: Any, prefix: str = "") -> set[str]:
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Plain, resolved data of a config; a missing mandatory value is a DiffratioError."""
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise DiffratioError(f"config: {missing[0]} has no value; give it as {missing[0]}=value")
     try:
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise DiffratioError(f"config: {missing[0]} has no value; give it as {missing[0]}=value")
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise DiffratioError(f"config: {_first_line(error)}") from None
@@ -428,6 +430,27 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
     return result
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a run that was begun, as plain data: nothing in it is resolved, and it repeats nothing.
+
+    Raises:
+        DiffratioError: not a config, or one with aliases, which a few lines multiply without end; names the file.
+    """
+    text = read_text(path, "config of the run", _LARGEST_CONFIG)
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+                raise ValueError("it has aliases" if depth <= _DEEPEST else "it is nested too deeply")
+        plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except Exception as error:  # YAML's and OmegaConf's error types share no base
+        raise DiffratioError(f"config {str(path)!r} cannot be read ({_first_line(error)})") from None
+    if not isinstance(plain, dict):
+        raise DiffratioError(f"config {str(path)!r} holds no settings")
+    return plain  # type: ignore[return-value]
+
+
 def export_run(run_folder: str, out: str, dtype: str | None = None, adapter: bool = False) -> dict[str, Any]:
     """Exports a run from its last checkpoint, moving average first; LoRA merged, or with routers and schedule alone.
 
@@ -442,6 +465,4 @@ def export_run(run_folder: str, out: str, dtype: str | None = None, adapter: boo
         raise DiffratioError(
             f"{run_folder!r} is no run folder (it has no {CONFIG_FILE}); give the folder that train wrote"
         )
-    plain = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-    assert isinstance(plain, dict)
-    return export_checkpoint(plain, folder, Path(out), dtype, adapter)  # type: ignore[arg-type]
+    return export_checkpoint(read_config(config), folder, Path(out), dtype, adapter)

@@ -124,6 +124,8 @@ def read_resumable(path: Path) -> dict[str, Any]:
         if known and sha256(path) not in known:
             raise ValueError(f"its checksum is not in {_sidecar(path).name}")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(saved, dict):
+            raise TypeError(f"it holds a {type(saved).__name__}")
         if missing := {"state_dict", "callbacks", "global_step"} - set(saved):
             raise KeyError(f"it has no {sorted(missing)[0]}")
     except Exception as error:  # torch raises several kinds for damaged files
@@ -131,7 +133,6 @@ def read_resumable(path: Path) -> dict[str, Any]:
         raise DiffratioError(
             f"checkpoint {str(path)!r} cannot be read ({reason}); copy it again, or train anew in another folder"
         ) from None
-    assert isinstance(saved, dict)
     return saved
 
 

@@ -60,6 +60,8 @@ class ComparisonFolder:
                 "choose another paths.output_dir"
             )
         before = document.get("settings") or {}
+        if not isinstance(before, Mapping):
+            raise DiffratioError(f"{str(file)!r} is damaged (settings is no object); choose another paths.output_dir")
         for key in {**before, **self.definition}:
             old, new = before.get(key), self.definition.get(key)
             if old != new:
