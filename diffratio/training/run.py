@@ -26,6 +26,7 @@ from diffratio.errors import DiffratioError, RunFailed, Terminated, unknown
 from diffratio.files import atomic_file, configs_folder, read_text, writable_folder, write_json
 
 _LARGEST_CONFIG, _DEEPEST = 1 << 20, 32  # bytes; mappings and lists inside each other
+_PLACES = ("backbone.source", "data.source", "paths.output_dir", "ckpt_path", "weights", "parts", "out", "vae", "map")
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
 # warnings about what is so on purpose: data of our own that resumes, folders that hold a run, blocks that return views
 # (nothing is done in place on them)
@@ -123,6 +124,12 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         raise DiffratioError(f"config: {_first_line(error)}") from None
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
+    for path in _PLACES:
+        value: Any = plain
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, str | None):
+            raise DiffratioError(f"config: {path} is {value!r}; it takes a name or a folder, {path}=./{value}")
     return plain  # type: ignore[return-value]
 
 
