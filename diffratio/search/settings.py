@@ -47,7 +47,7 @@ class SearchSettings:
     method: str = "dato"
     steps: int = 20
     n: int = 16
-    generations: int = 12
+    generations: int = 8
     population: int = 24
     seed: int = 0
     actions: tuple[str, ...] = tuple(ACTIONS)

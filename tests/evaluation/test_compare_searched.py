@@ -12,11 +12,11 @@ import diffratio
 from diffratio.checkpoint import load_transformer
 from diffratio.cost.run import uniform_run
 from diffratio.errors import DiffratioError
-from diffratio.evaluation.compare import compare_from_config
+from diffratio.evaluation.compare import arms, compare_from_config
 from diffratio.evaluation.records import read_records
 from diffratio.files import write_json
 from diffratio.methods.step_front import FrontEntry, StepFront
-from diffratio.surgery import describe, weights_digest
+from diffratio.surgery import describe, find_step_schedule, weights_digest
 from diffratio.tokens.grid import TokenGrid
 
 
@@ -56,3 +56,19 @@ def test_a_front_is_an_arm_at_each_budget(tmp_path: Path, monkeypatch: pytest.Mo
             compare_from_config(bad, DATA.held_out)
     with pytest.raises(DiffratioError, match="dato and block_cache alone take"):
         compare_from_config(settings(checkpoints, tmp_path / "bad", methods=[f"tome@{found}"]), DATA.held_out)
+
+
+@pytest.mark.parametrize("name", ["fashion-dit"])
+def test_shipped_fronts_are_for_their_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A front stands for the checkpoint of its name, unless a file of that name is here."""
+    method, file = arms._found(f"dato@{name}")
+    assert (method, arms._label(str(file))) == ("dato", name)
+    transformer: Any = load_transformer(name)
+    for budget in (0.8, 0.5):
+        found = find_step_schedule(str(file), transformer, budget=budget, steps=20)
+        diffratio.apply_(transformer, diffratio.DaTo(schedule=found))
+        assert budget - 0.06 < diffratio.macs(transformer, steps=20).fraction <= budget
+        diffratio.remove_(transformer)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert arms._found(f"dato@{name}") == ("dato", name) and arms._found("tome") == ("tome", None)

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffratio import surgery
 from diffratio.backbones import backbone_of
-from diffratio.checkpoint import load_pipeline, read_card, resolve
+from diffratio.checkpoint import checkpoints_root, load_pipeline, read_card, resolve
 from diffratio.checkpoint.parts import scheduler_of
 from diffratio.cost.macs import Cost
 from diffratio.cost.run import SamplingRun
@@ -32,6 +32,7 @@ from diffratio.sampling.prompted import dense_run
 from diffratio.sampling.schedulers import objective_of
 from diffratio.sensitivity import CALIBRATED, Sensitivity, find_map, required_map, solved
 
+SCHEDULES = "schedules"  # folder beside the checkpoints: fronts of step schedules, by the checkpoint's name
 DENSE, FINETUNED = "dense", "dense_finetuned"
 _CALIBRATION, _CALIBRATION_SEED = 2, 2**20
 
@@ -242,7 +243,7 @@ def _routed(
 
 def _on_top(below: Contender, method: str, budget: float, run: SamplingRun) -> Contender:
     """A routed arm with a step-level method on top, together at a budget."""
-    method, file = method_and_file(method)
+    method, file = _found(method)
     own, label = below.arm, method if file is None else f"{method}@{_label(file)}"
     arm = replace(own, name=f"{own.name}-{below.budget:g}+{label}")
     try:
@@ -274,7 +275,7 @@ def _training_free(
     guidance_scale: float,
 ) -> Contender:
     work = None
-    method, file = method_and_file(method)
+    method, file = _found(method)
     label = method if file is None else f"{method}@{_label(file)}"
     name, source, tuned = f"{label}{mark}", weights.arm.weights, weights.arm.finetuned_steps
     digest = weights.arm.weights_sha256
@@ -323,6 +324,16 @@ def _sampling_with(pipe: Any, steps: int, guidance_scale: float) -> Callable[[nn
         surgery.detach_(own)
 
     return work
+
+
+def _found(method: str) -> tuple[str, str | None]:
+    """A method and its file; a name stands for the front that ships for a checkpoint of that name."""
+    name, file = method_and_file(method)
+    root = checkpoints_root()
+    if file is None or root is None or "/" in file or Path(file).exists():
+        return name, file
+    shipped = root / SCHEDULES / f"{file}.json"
+    return name, str(shipped) if shipped.is_file() else file
 
 
 def _label(file: str) -> str:
