@@ -252,9 +252,19 @@ class Method:
             )
         return dearest_within(cls, [cls.config_class()], description, run, check_budget(budget))
 
+    @classmethod
+    def variant_for_budget(cls, variant: str, description: Description, run: SamplingRun, budget: float) -> Any:
+        """`for_budget` of one of the `variants`."""
+        raise NotImplementedError
+
 
 def solve_for_budget(
-    cls: type[Method], description: Description, run: SamplingRun, budget: float, costs: CostTable | None = None
+    cls: type[Method],
+    description: Description,
+    run: SamplingRun,
+    budget: float,
+    costs: CostTable | None = None,
+    variant: str | None = None,
 ) -> MethodConfig:
     """The config of a method for a budget in any unit.
 
@@ -264,12 +274,15 @@ def solve_for_budget(
         run: the run that the budget counts.
         budget: fraction of the dense run; lower keeps fewer tokens.
         costs: cost table of that run, for a budget in its unit; None counts MACs.
+        variant: one of the method's `variants`; None is the method itself.
 
     Raises:
         BudgetUnreachable: no setting of the method costs that.
         DiffratioError: a method that has no keep schedule cannot be solved on a table by bins.
     """
-    if costs is None:
+    if costs is None and variant is not None:
+        config = cls.variant_for_budget(variant, description, run, budget)
+    elif costs is None:
         config = cls.for_budget(description, run, budget)
     elif cls.takes_costs:
         config = cast(Any, cls).for_budget(description, run, budget, costs=costs)

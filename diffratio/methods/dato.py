@@ -56,6 +56,7 @@ class DaToMethod(Method):
     name = "dato"
     config_class = DaTo
     stateful = True
+    variants = MODES
 
     def __init__(self, config: DaTo, description: Description) -> None:
         super().__init__(config, description)
@@ -242,6 +243,11 @@ class DaToMethod(Method):
             planning = pairs * self.description.width // run.halves_at(step)
         keys = tokens if self.config.scope == "attn_q" else kept
         return BlockUse({site: (kept, keys) for site in here}, planning=planning)
+
+    @classmethod
+    def variant_for_budget(cls, variant: str, description: Description, run: SamplingRun, budget: float) -> DaTo:
+        """`dato:cache` and `dato:prune` are its two halves, `dato:both` is `dato`."""
+        return cls.for_budget(description, run, budget, mode=variant)
 
     @classmethod
     def for_budget(cls, description: Description, run: SamplingRun, budget: float, *, mode: str = "both") -> DaTo:

@@ -22,6 +22,7 @@ from diffratio.methods.base import (
     combined_use,
     get_method,
     solve_for_budget,
+    split_variant,
 )
 from diffratio.surgery.measuring import Work, calibrate, measured_cost, measured_method
 from diffratio.surgery.state import attachment, is_applied
@@ -109,7 +110,7 @@ def for_budget(
     if table is not None:
         found = table if isinstance(table, LatencyTable) else load_cost_table(table)
         costs = found.require(description, run).costs(run)
-    return solve_for_budget(cls, description, run, check_budget(budget), costs)
+    return solve_for_budget(cls, description, run, check_budget(budget), costs, split_variant(method)[1])
 
 
 def summary(transformer: nn.Module, steps: int = 20, guidance: bool = True, run: SamplingRun | None = None) -> str:

@@ -10,6 +10,7 @@ from guided import context, dit, generate, noise
 from torch.nn import functional
 
 import diffratio
+from diffratio.backbones import get_backbone
 from diffratio.cost.count import count_macs
 from diffratio.cost.run import uniform_run
 from diffratio.errors import BudgetUnreachable, DiffratioError
@@ -216,3 +217,16 @@ def test_what_does_not_go_together_is_refused() -> None:
         generate(applied(layers=2), noise(1))
     with pytest.raises(DiffratioError, match="1x6 token grid holds no whole 2x2 cell"):
         diffratio.DaTo().removed(TokenGrid(1, 6), 4)
+
+
+def test_variants_are_its_two_halves() -> None:
+    """`dato:cache` computes fewer steps and prunes nothing, `dato:prune` the reverse, each at the budget."""
+    transformer = get_backbone("dit").tiny(sample_size=32, patch_size=2, num_layers=8)
+    for name in ("cache", "prune", "both"):
+        config: Any = diffratio.for_budget(f"dato:{name}", transformer, 0.8, steps=20)
+        assert config.mode == name
+        diffratio.apply_(transformer, config)
+        assert 0.79 <= diffratio.macs(transformer, steps=20).fraction <= 0.8
+        diffratio.remove_(transformer)
+    with pytest.raises(DiffratioError, match="variant of method 'dato'"):
+        diffratio.for_budget("dato:half", transformer, 0.8)
