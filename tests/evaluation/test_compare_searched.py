@@ -58,7 +58,7 @@ def test_a_front_is_an_arm_at_each_budget(tmp_path: Path, monkeypatch: pytest.Mo
         compare_from_config(settings(checkpoints, tmp_path / "bad", methods=[f"tome@{found}"]), DATA.held_out)
 
 
-@pytest.mark.parametrize("name", ["fashion-dit"])
+@pytest.mark.parametrize("name", ["fashion-dit", "emoji-pixart"])
 def test_shipped_fronts_are_for_their_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A front stands for the checkpoint of its name, unless a file of that name is here."""
     method, file = arms._found(f"dato@{name}")
