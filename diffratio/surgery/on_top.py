@@ -37,7 +37,7 @@ def check_on_top(name: str) -> type[Method]:
 def for_budget_on_top(
     method: str, transformer: Any, budget: float, run: SamplingRun, file: str | Path | None = None
 ) -> MethodConfig:
-    """The dearest config of a step-level method with which a converted transformer costs within [budget - 0.04, budget].
+    """The dearest config with which a converted transformer and a step-level method cost within [budget - 0.04, budget].
 
     Steps of a routed model cost differently, so what its steps can be cut to has gaps wider than the usual 0.01.
 
