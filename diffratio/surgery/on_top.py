@@ -37,7 +37,7 @@ def check_on_top(name: str) -> type[Method]:
 def for_budget_on_top(
     method: str, transformer: Any, budget: float, run: SamplingRun, file: str | Path | None = None
 ) -> MethodConfig:
-    """The dearest config with which a converted transformer and a step-level method cost within [budget - 0.04, budget].
+    """The dearest config with which both together cost within [budget - 0.04, budget] of the dense run.
 
     Steps of a routed model cost differently, so what its steps can be cut to has gaps wider than the usual 0.01.
 
