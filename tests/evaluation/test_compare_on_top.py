@@ -14,7 +14,7 @@ from diffratio.cost.run import uniform_run
 from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.evaluation.compare import compare_from_config
 from diffratio.evaluation.records import read_records
-from diffratio.surgery import describe, for_budget_on_top
+from diffratio.surgery import describe, for_budget_on_top, on_top
 from diffratio.tokens.grid import TokenGrid
 
 TOPS = ["block_cache", "fewer_steps", "guidance_interval"]
@@ -63,6 +63,21 @@ def test_caches_stand_on_routed_arms(
         assert record.schedule == records["mod", 0.8].schedule
         assert "excess_loss" not in record.quality  # single forwards do not stand for it
     assert records["mod-0.8+fewer_steps", 0.56].run.steps == 7
+
+
+def test_what_was_out_of_reach_is_measured_once_it_is_not(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    light(monkeypatch, tmp_path)
+    given = settings(
+        checkpoints, tmp_path / "out", methods=[], routed=[checkpoints["routed"]], on_routed=["block_cache"],
+        budgets=[0.5], steps=10, validation_n=0,
+    )  # fmt: skip
+    for gap, status in ((-1, "unreachable"), (-1, "unreachable"), (0.04, "ok")):
+        monkeypatch.setattr(on_top, "GAP", gap)
+        compare_from_config(given, DATA.held_out)
+        records = {one.arm.name: one for one in read_records(tmp_path / "out")}
+        assert records["mod-0.8+block_cache"].status == status
 
 
 def test_budgets_on_top(checkpoints: dict[str, str], schedule: str) -> None:

@@ -90,7 +90,9 @@ class ComparisonFolder:
                         f"record {record.id!r} was measured with {key}={shortened(then[key])}, now it is "
                         f"{shortened(value)}; choose another paths.output_dir"
                     )
-        return {one.id(seed) for seed, one in cells if one.id(seed) in records}
+        # what was out of reach may no longer be, of another release or with another schedule's file
+        states = {one.id(seed): (records.get(one.id(seed)), one.unreachable) for seed, one in cells}
+        return {key for key, (record, still) in states.items() if record and (record.status == "ok" or still)}
 
     def begin(self) -> None:
         """Makes the folder and writes its definition."""
