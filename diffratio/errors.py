@@ -26,6 +26,17 @@ def in_one_line(text: object, most: int = 2000) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in words)
 
 
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """The first line of what a library raised, or its kind where it says nothing.
+
+    Args:
+        error: what was raised.
+        most: characters; None gives all of them.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:most]
+
+
 def speaks() -> bool:
     """Whether this is the one of several processes that answers, by what torchrun, Lightning or srun has told it."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):

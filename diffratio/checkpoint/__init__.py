@@ -6,7 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffratio.checkpoint.card import Card, SamplerSettings, read_card
-from diffratio.checkpoint.layout import checkpoint_kind, checkpoints_root, list_checkpoints, require_kind, resolve
+from diffratio.checkpoint.layout import (
+    checkpoint_kind,
+    checkpoints_root,
+    list_checkpoints,
+    require_kind,
+    resolve,
+    shipped_beside,
+)
 
 if TYPE_CHECKING:
     from diffratio.checkpoint.adapter import BaseWeights, export_adapter
@@ -39,6 +46,7 @@ __all__ = [
     "read_card",
     "require_kind",
     "resolve",
+    "shipped_beside",
     "text_of",
 ]
 

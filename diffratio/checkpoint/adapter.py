@@ -19,7 +19,7 @@ from diffratio.checkpoint.readme import render_readme
 from diffratio.checkpoint.save import as_dtype, completed, differences, free_folder, learned_method
 from diffratio.checkpoint.stored import stored_lora, stored_method
 from diffratio.checkpoint.weights import check_values, read_weights
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, first_line
 from diffratio.files import atomic_folder, read_json, sha256, write_json
 from diffratio.methods.base import config_to_json
 from diffratio.surgery import adapter_layers, apply_, is_applied, merge_lora_, weights_digest
@@ -170,8 +170,7 @@ def load_adapter(
     try:
         inject_(transformer, config)
     except Exception as error:  # of layers that cannot have an adapter
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DiffratioError(f"{str(folder / CONFIG)!r} does not fit the base: {first}") from None
+        raise DiffratioError(f"{str(folder / CONFIG)!r} does not fit the base: {first_line(error)}") from None
     expected = {_PREFIX + key: value for key, value in _lora_state(transformer).items()}
     _fill(expected, weights, folder / WEIGHTS)
     if merge:

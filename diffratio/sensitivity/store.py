@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffratio.checkpoint import checkpoints_root
+from diffratio.checkpoint import shipped_beside
 from diffratio.cost.macs import CostTable, Description, macs_table
 from diffratio.cost.run import SamplingRun
 from diffratio.errors import BudgetUnreachable, DiffratioError
@@ -185,9 +185,7 @@ def load_sensitivity(path: str | FilePath) -> Sensitivity:
 
 def find_map(name: str) -> str:
     """A map's file: itself, or that of a checkpoint which ships with one."""
-    root = checkpoints_root()
-    shipped = root / MAPS / f"{name}{SUFFIX}" if root is not None and "/" not in name else None
-    return str(shipped) if shipped is not None and shipped.is_file() and not FilePath(name).is_file() else name
+    return shipped_beside(name, MAPS, SUFFIX)
 
 
 def required_map(name: str, transformer: nn.Module, run: SamplingRun) -> Sensitivity:

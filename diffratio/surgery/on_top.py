@@ -11,6 +11,7 @@ from diffratio.errors import BudgetUnreachable, DiffratioError
 from diffratio.methods.base import Method, MethodConfig, check_budget, combined_cost, get_method
 from diffratio.methods.block_cache import BlockCache
 from diffratio.methods.step_schedule import StepSchedule
+from diffratio.surgery.accounting import macs
 from diffratio.surgery.schedules import find_step_schedule
 from diffratio.surgery.state import attachment
 
@@ -64,7 +65,7 @@ def for_budget_on_top(
             adapted = one.adapt(adapted)
         return combined_cost(methods, adapted, run).fraction
 
-    alone = combined_cost(state.methods, state.adapt(run), run).fraction
+    alone = macs(transformer, run=run).fraction
     names = "+".join([*(one.name for one in state.methods), method])
     if alone <= budget:
         raise BudgetUnreachable(names, budget, (0.0, alone), "what is below it costs no more than that by itself")

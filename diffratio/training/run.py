@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffratio.errors import DiffratioError, RunFailed, Terminated, unknown
+from diffratio.errors import DiffratioError, RunFailed, Terminated, first_line, unknown
 from diffratio.files import atomic_file, configs_folder, read_text, writable_folder, write_json
 
 _LARGEST_CONFIG, _DEEPEST = 1 << 20, 32  # bytes; mappings and lists inside each other
@@ -48,7 +48,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         return _compose(config_name, list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last of a group without a name
-        raise DiffratioError(f"config {config_name!r}: {_first_line(error)}") from None
+        raise DiffratioError(f"config {config_name!r}: {_reason(error)}") from None
 
 
 def _of_verb(config_name: str, override: str) -> str:
@@ -58,9 +58,8 @@ def _of_verb(config_name: str, override: str) -> str:
     return f"debug={own}" if key == "debug" and (configs_folder() / "debug" / f"{own}.yaml").is_file() else override
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _reason(error: BaseException) -> str:
+    return first_line(error.__cause__ or error)  # Hydra wraps what OmegaConf says
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -75,7 +74,7 @@ def _check_overrides(config_name: str, overrides: Sequence[str]) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise DiffratioError(f"override does not parse: {_first_line(error)}; write key=value") from None
+        raise DiffratioError(f"override does not parse: {_reason(error)}; write key=value") from None
     groups: list[str] = []
     values: list[tuple[str, str]] = []
     for override in parsed:
@@ -95,7 +94,7 @@ def _check_overrides(config_name: str, overrides: Sequence[str]) -> None:
     try:
         base = _compose(config_name, groups)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last of a group without a name
-        raise DiffratioError(f"config {config_name!r}: {_first_line(error)}") from None
+        raise DiffratioError(f"config {config_name!r}: {_reason(error)}") from None
     keys = _flat(OmegaConf.to_container(base, resolve=False))
     for key, line in values:
         if key not in keys:
@@ -121,7 +120,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
             raise DiffratioError(f"config: {missing[0]} has no value; give it as {missing[0]}=value")
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise DiffratioError(f"config: {_first_line(error)}") from None
+        raise DiffratioError(f"config: {_reason(error)}") from None
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
     for path in _PLACES:
@@ -452,7 +451,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 raise ValueError("it has aliases" if depth <= _DEEPEST else "it is nested too deeply")
         plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except Exception as error:  # YAML's and OmegaConf's error types share no base
-        raise DiffratioError(f"config {str(path)!r} cannot be read ({_first_line(error)})") from None
+        raise DiffratioError(f"config {str(path)!r} cannot be read ({_reason(error)})") from None
     if not isinstance(plain, dict):
         raise DiffratioError(f"config {str(path)!r} holds no settings")
     return plain  # type: ignore[return-value]

@@ -209,6 +209,7 @@ def test_wandb_offline(checkpoints: dict[str, str], tmp_path: Path, monkeypatch:
     [
         ({"latency_modes": ["fast"]}, "unknown latency mode 'fast'"),
         ({"seeds": [0, 0]}, "stands there twice"),
+        ({"train": True, "train_methods": ["mod", "mod"]}, "stands there twice"),
         ({"seeds": [-1]}, "is no seed"),
         ({"latency_batches": [0]}, "is no batch size"),
         ({"train": True, "train_steps": 0}, "train_steps of at least 1"),

@@ -61,8 +61,8 @@ def test_a_front_is_an_arm_at_each_budget(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["fashion-dit", "emoji-pixart"])
 def test_shipped_fronts_are_for_their_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A front stands for the checkpoint of its name, unless a file of that name is here."""
-    method, file = arms._found(f"dato@{name}")
-    assert (method, arms._label(str(file))) == ("dato", name)
+    method, file, label = arms._found(f"dato@{name}")
+    assert (method, label) == ("dato", f"dato@{name}")
     transformer: Any = load_transformer(name)
     for budget in (0.8, 0.5):
         found = find_step_schedule(str(file), transformer, budget=budget, steps=20)
@@ -71,4 +71,8 @@ def test_shipped_fronts_are_for_their_checkpoints(name: str, monkeypatch: pytest
         diffratio.remove_(transformer)
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    assert arms._found(f"dato@{name}") == ("dato", name) and arms._found("tome") == ("tome", None)
+    assert arms._found(f"dato@{name}") == ("dato", name, f"dato@{name}") and arms._found("tome") == (
+        "tome",
+        None,
+        "tome",
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffratio.checkpoint import layout
 from diffratio.cli import main
 from diffratio.errors import DiffratioError
 from diffratio.sensitivity import load_sensitivity, save_sensitivity, store
@@ -124,12 +125,17 @@ def test_without_a_map_the_way_is_named(overrides: list[str], message: str, base
 
 
 def test_maps_that_ship_are_found_by_their_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(store, "checkpoints_root", lambda: tmp_path)
+    monkeypatch.setattr(layout, "checkpoints_root", lambda: tmp_path)
     assert store.find_map("tiny") == "tiny"
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "tiny.safetensors").touch()
     assert store.find_map("tiny") == str(tmp_path / "maps" / "tiny.safetensors")
     assert store.find_map("folder/tiny") == "folder/tiny"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # a folder of that name is meant itself, unless it is the checkpoint
+    assert store.find_map("tiny") == "tiny"
+    (tmp_path / "tiny" / layout.CARD).touch()
+    assert store.find_map("tiny") == str(tmp_path / "maps" / "tiny.safetensors")
 
 
 def test_it_trains_and_exports_from_a_map(measured: Path, base: Path, tmp_path: Path) -> None:

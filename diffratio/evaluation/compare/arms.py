@@ -14,7 +14,7 @@ from torch import nn
 
 from diffratio import surgery
 from diffratio.backbones import backbone_of
-from diffratio.checkpoint import checkpoints_root, load_pipeline, read_card, resolve
+from diffratio.checkpoint import load_pipeline, read_card, resolve, shipped_beside
 from diffratio.checkpoint.parts import scheduler_of
 from diffratio.cost.macs import Cost
 from diffratio.cost.run import SamplingRun
@@ -243,8 +243,7 @@ def _routed(
 
 def _on_top(below: Contender, method: str, budget: float, run: SamplingRun) -> Contender:
     """A routed arm with a step-level method on top, together at a budget."""
-    method, file = _found(method)
-    own, label = below.arm, method if file is None else f"{method}@{_label(file)}"
+    own, (method, file, label) = below.arm, _found(method)
     arm = replace(own, name=f"{own.name}-{below.budget:g}+{label}")
     try:
         config = surgery.for_budget_on_top(method, below.pipe.transformer, budget, run, file)
@@ -275,8 +274,7 @@ def _training_free(
     guidance_scale: float,
 ) -> Contender:
     work = None
-    method, file = _found(method)
-    label = method if file is None else f"{method}@{_label(file)}"
+    method, file, label = _found(method)
     name, source, tuned = f"{label}{mark}", weights.arm.weights, weights.arm.finetuned_steps
     digest = weights.arm.weights_sha256
     transformer = weights.pipe.transformer
@@ -326,20 +324,14 @@ def _sampling_with(pipe: Any, steps: int, guidance_scale: float) -> Callable[[nn
     return work
 
 
-def _found(method: str) -> tuple[str, str | None]:
-    """A method and its file; a name stands for the front that ships for a checkpoint of that name."""
+def _found(method: str) -> tuple[str, str | None, str]:
+    """A method, its file and what its arm is called; a name stands for the front that ships for that checkpoint."""
     name, file = method_and_file(method)
-    root = checkpoints_root()
-    if file is None or root is None or "/" in file or Path(file).exists():
-        return name, file
-    shipped = root / SCHEDULES / f"{file}.json"
-    return name, str(shipped) if shipped.is_file() else file
-
-
-def _label(file: str) -> str:
-    """A short name of a step schedule's file: its own, or that of the search's folder."""
-    path = Path(file)
-    return path.parent.resolve().name if path.name == FRONT_FILE else path.stem
+    if file is None:
+        return name, None, name
+    file = shipped_beside(file, SCHEDULES, ".json")
+    path = Path(file)  # a search's front goes by its folder
+    return name, file, f"{name}@{path.parent.resolve().name if path.name == FRONT_FILE else path.stem}"
 
 
 def compiled_copy(one: Contender) -> Any:

@@ -15,7 +15,7 @@ from diffratio import surgery
 from diffratio.backbones import backbone_of
 from diffratio.conditions import Captions, Classes, Conditions
 from diffratio.cost.macs import Cost
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, first_line
 from diffratio.evaluation.compare.arms import Contender, Lineup
 from diffratio.evaluation.compare.cheats import probe
 from diffratio.evaluation.compare.folder import ComparisonFolder
@@ -108,7 +108,7 @@ class Referee:
                         self.say(f"{one.arm.name} at {one.budget:g}: {flag}")
                 self._take_losses(one)
             except MISSES as error:
-                one.failure = _line(error)
+                one.failure = first_line(error)
         sound = [one for one in new if one.failure is None]
         timings = time_arms(self.settings, self.lineup.dense, sound, self.device, self.say)
         for one in sound:
@@ -365,12 +365,7 @@ def row_of(record: Record) -> dict[str, Any]:
 
 def failed(record: Record, error: Exception) -> Record:
     """A record whose measuring went wrong."""
-    return dataclasses.replace(record, status="failed", message=_line(error))
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return dataclasses.replace(record, status="failed", message=first_line(error))
 
 
 def _value(entry: Any) -> float | None:

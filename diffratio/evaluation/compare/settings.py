@@ -92,17 +92,9 @@ class CompareSettings:
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise DiffratioError(f"seeds: {seed!r} is no seed; they are whole numbers of at least 0, seeds=[0,1,2]")
-        for name in (
-            "methods",
-            "routed",
-            "budgets",
-            "seeds",
-            "latency_batches",
-            "latency_modes",
-            "metrics",
-            "on_routed",
-        ):
-            values = getattr(self, name)
+        for name, values in ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self)):
+            if not isinstance(values, tuple) or name == "train_overrides":  # of these the last one counts
+                continue
             if twice := [value for value in values if values.count(value) > 1]:
                 raise DiffratioError(f"{name}={list(values)}: {twice[0]!r} stands there twice; name each once")
         for name, least in (("steps", 1), ("batch_size", 1), ("reference_n", 2), ("validation_n", 0), ("train_n", 0)):
