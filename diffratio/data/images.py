@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffratio.data.registry import embedded_sets
 from diffratio.data.source import local_root, open_source
 from diffratio.data.split import ImageFormat, ImageSplit, interleaved
 from diffratio.data.stream import Augmentation, Batch, Cursor, Shard, TrainStream, ValidationStream
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, shortened
 from diffratio.inpainting import InpaintSettings, Known, Masks
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # Up to here a split is decoded once and held as uint8 (at most 2.3 GiB); beyond, pictures are decoded as they are read.
 _HELD_IMAGES, _HELD_SIZE = 200_000, 64
+_LARGEST, _WORKERS, _SEEDS, _CLASSES = 2**16, 256, 2**32 - 1, 10**6  # beyond them stands a slip of the hand
 
 
 class ImageData(LightningDataModule):
@@ -105,12 +107,12 @@ class ImageData(LightningDataModule):
         buckets: str | int | Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        _at_least("image_size", image_size, 1)
-        _at_least("batch_size", batch_size, 1)
-        _at_least("num_workers", num_workers, 0)
-        _at_least("seed", seed, 0)
+        _whole("image_size", image_size, 1, _LARGEST)
+        _whole("batch_size", batch_size, 1, _LARGEST)
+        _whole("num_workers", num_workers, 0, _WORKERS)
+        _whole("seed", seed, 0, _SEEDS)
         if num_classes is not None:
-            _at_least("num_classes", num_classes, 1, "; null for a model without classes")
+            _whole("num_classes", num_classes, 1, _CLASSES, "; null for a model without classes")
         if text is not None:
             if not isinstance(text, Mapping):
                 raise DiffratioError(f"text is {text!r}; it takes {{encoder: minilm, tokens: 24}}, or null")
@@ -120,7 +122,10 @@ class ImageData(LightningDataModule):
                 raise DiffratioError(f"text has the keys encoder and tokens, got {', '.join(map(str, text)) or 'none'}")
             if not isinstance(text["encoder"], str):
                 raise DiffratioError(f"text.encoder must be a name or a folder, got {text['encoder']!r}")
-        if channels not in (1, 3):
+        for argument, value in (("flip", flip), ("pad_to", pad_to)):
+            if not isinstance(value, bool):
+                raise DiffratioError(f"{argument} is {shortened(value)}; it takes true or false")
+        if isinstance(channels, bool) or channels not in (1, 3):
             raise DiffratioError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
         if not 0.0 <= label_dropout <= 1.0:
             raise DiffratioError(f"label_dropout must lie in [0, 1], got {label_dropout}")
@@ -170,7 +175,7 @@ class ImageData(LightningDataModule):
 
     def set_position(self, position: int) -> None:
         """Makes `train_dataloader()` start after this many samples (all processes together)."""
-        _at_least("position", position, 0)
+        _whole("position", position, 0)
         self._cursor.position = int(position)
 
     def state_dict(self) -> dict[str, Any]:
@@ -350,6 +355,10 @@ def _first(split: ImageSplit, n: int) -> tuple[Tensor, Tensor]:
     return split.samples(indices), torch.from_numpy(split.labels[indices])
 
 
-def _at_least(argument: str, value: int, least: int, more: str = "") -> None:
+def _whole(argument: str, value: int, least: int, most: int = 2**62, more: str = "") -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise DiffratioError(f"{argument} must be an integer, got {shortened(value)}{more}")
     if value < least:
         raise DiffratioError(f"{argument} must be at least {least}, got {value}{more}")
+    if value > most:
+        raise DiffratioError(f"{argument} must be at most {most:,}, got {shortened(value)}{more}")

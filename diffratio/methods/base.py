@@ -446,6 +446,8 @@ def config_from_json(document: Mapping[str, Any]) -> MethodConfig:
         elif "StepSchedule" in fields[key] and value is not None:
             read = isinstance(value, Mapping)
             values[key] = StepSchedule.from_json(value) if read else load_step_schedule(value, budget)
+        elif fields[key] == "bool" and not isinstance(value, bool):
+            raise DiffratioError(f"method {document['name']!r}: {key} is {shortened(value)}; it takes true or false")
         elif isinstance(value, list):
             values[key] = tuple(value)
     try:

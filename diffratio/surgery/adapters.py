@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffratio.backbones import backbone_of
-from diffratio.errors import DiffratioError, unknown
+from diffratio.errors import DiffratioError, shortened, unknown
 from diffratio.surgery.state import attachment, is_applied
 
 ADAPTER = "default"  # peft's own name of a model's first adapter
@@ -108,7 +108,7 @@ def add_lora_(transformer: Any, settings: LoraSettings | None = None) -> Any:
         The transformer.
 
     Raises:
-        DiffratioError: peft is missing, adapters are there already, or an unknown target.
+        DiffratioError: peft is missing, adapters are there already, an unknown target, or a rank beyond all widths.
 
     Example:
         >>> import diffratio
@@ -120,6 +120,12 @@ def add_lora_(transformer: Any, settings: LoraSettings | None = None) -> Any:
     peft, settings = require_peft(), settings or LoraSettings()
     alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
     names = lora_targets(transformer, settings.targets)
+    widest = max(max(transformer.get_submodule(name).weight.shape) for name in names)
+    if settings.rank > widest:
+        raise DiffratioError(
+            f"lora.rank {shortened(settings.rank)} is more than the {widest} features of the widest target; 4 to 64 is "
+            "usual, and lora=none trains all weights"
+        )
     config = peft.LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=names)
     return inject_(transformer, config)
 

@@ -1,17 +1,13 @@
-"""From plain settings to the objects of a job: data, transformer, method, module, trainer."""
+"""From plain settings to the objects of a job: data, transformer, method, module."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from diffratio import surgery
@@ -26,54 +22,28 @@ from diffratio.cost.table import LatencyTable, load_cost_table
 from diffratio.data import open_data
 from diffratio.data.images import ImageData
 from diffratio.data.latents import LatentData
-from diffratio.errors import DiffratioError, unknown
+from diffratio.errors import DiffratioError, shortened
 from diffratio.inpainting import InpaintSettings
 from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods, solve_for_budget
 from diffratio.objectives import Objective, get_objective
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.sampling.schedulers import noise_levels, set_steps
-from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
-from diffratio.training.health import RoutingHealth
 from diffratio.training.inpaint import sees_holes_
 from diffratio.training.latents import base_scheduler, check_latents, own_scheduler
-from diffratio.training.logs import RunCSVLogger, RunWandbLogger
 from diffratio.training.lora import base_weights
 from diffratio.training.module import Training, dense_copy
-from diffratio.training.processes import check_processes, check_started, cluster_plugins, strategy_of
-from diffratio.training.saving import SafeCheckpointIO
 from diffratio.training.schedules import read_schedule
-from diffratio.training.settings import BudgetSettings, GuardSettings, LossSettings, OptimizerSettings
-from diffratio.training.sharding import ShardedStrategy
-from diffratio.training.termination import Termination
+from diffratio.training.settings import (
+    BudgetSettings,
+    Config,
+    LossSettings,
+    OptimizerSettings,
+    callback_settings,
+    check_switches,
+    typed,
+)
 
-T = TypeVar("T")
-Config = Mapping[str, Any]
 _LOSS = ("timesteps", "distill")  # keys of the objective group that say how it is minimised
-
-
-def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
-    """A settings dataclass from a config section.
-
-    Raises:
-        DiffratioError: unknown key, or a value of another type.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    chosen: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise unknown(f"key of {section}", key, fields)
-        default = fields[key].default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(default, tuple):
-            if not isinstance(value, str | list | tuple):
-                raise DiffratioError(f"{section}.{key} is {value!r}; it takes a list such as {list(default)}")
-            value = (value,) if isinstance(value, str) else tuple(value)
-        kind = str if default is None else type(default)
-        if type(value) is not kind and value is not default:
-            raise DiffratioError(f"{section}.{key} is {value!r}, a {type(value).__name__}; it takes a {kind.__name__}")
-        chosen[key] = value
-    return cls(**chosen)
 
 
 def build_data(cfg: Config) -> ImageData:
@@ -85,6 +55,9 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     """The dense transformer, fp32, checked against the data; without weights on the meta device."""
     settings = cfg["backbone"]
     backbone = get_backbone(settings["name"])
+    if not isinstance(settings["config"], Mapping | None):
+        raise DiffratioError(f"backbone.config is {shortened(settings['config'])}; it takes {{key: value}}, or null")
+    check_switches(settings, "backbone", "gradient_checkpointing")
     given = {key: value for key, value in (settings["config"] or {}).items() if key not in NOTES}
     if settings["source"] and (weights or not given):
         transformer = load_transformer(settings["source"]) if weights else load_skeleton(settings["source"])
@@ -315,8 +288,7 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
     optimizer = typed(OptimizerSettings, cfg["optimizer"], "optimizer")
     shared = {key: cfg["objective"][key] for key in _LOSS}
     loss = typed(LossSettings, {**shared, "seed": cfg["seed"]}, "objective")
-    known = {field.name for field in dataclasses.fields(GuardSettings)}  # runs of earlier versions have none of them
-    guard = typed(GuardSettings, {key: value for key, value in cfg["callbacks"].items() if key in known}, "callbacks")
+    callbacks = callback_settings(cfg)
     objective, lora = build_objective(cfg), lora_settings(cfg)
     torch.manual_seed(cfg["seed"])
     transformer = build_transformer(cfg, data)
@@ -338,10 +310,10 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
             f"method.schedule computes tokens in multiples of {schedule.alignment} and budget.table={budget.table} was "
             f"timed in multiples of {costs.alignment}; `diffratio bench table alignment={schedule.alignment}`"
         )
-    probe_n = cfg["callbacks"]["probe_n"]
     conditions = None if data is None else data.conditions
     shown = (conditions, inpaint_settings(cfg))
-    module = Training(transformer, objective, loss, optimizer, budget, run, teacher, probe_n, costs, guard, *shown)
+    watched = (teacher, callbacks.probe_n, costs, callbacks)
+    module = Training(transformer, objective, loss, optimizer, budget, run, *watched, *shown)
     module.base = base
     if isinstance(data, LatentData) and module.backbone.condition == "class":
         module.coder = data.coder
@@ -356,83 +328,3 @@ def build_module(cfg: Config, data: ImageData | None) -> Training:
                 f"costs {lowest:.3f} of the dense {budget.counted}; set budget.target to at least {lowest:.3f}"
             )
     return module
-
-
-def build_logger(cfg: Config, folder: Path) -> Any:
-    """CSV, TensorBoard or wandb."""
-    from lightning.pytorch import loggers
-
-    settings = dict(cfg["logger"])
-    name = settings.pop("name")
-    if name == "csv":
-        return RunCSVLogger(folder)
-    if name == "tensorboard":
-        try:
-            return loggers.TensorBoardLogger(folder, name="logs", version="")
-        except ModuleNotFoundError:
-            raise DiffratioError("logger=tensorboard needs TensorBoard: pip install diffratio[tensorboard]") from None
-    if name == "wandb":
-        return RunWandbLogger(folder, name=cfg["name"], **settings)
-    raise unknown("logger", name, ("csv", "tensorboard", "wandb"))
-
-
-def best_precision(accelerator: str) -> str:
-    """bf16 where the hardware multiplies it, fp32 elsewhere: an AVX2 processor is 200 times slower in bf16."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16-mixed" if native else "32-true"
-
-
-def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Trainer:
-    """Lightning's Trainer with our callbacks."""
-    settings, callbacks = dict(cfg["trainer"]), cfg["callbacks"]
-    for key in ("max_steps", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps"):
-        if type(settings[key]) is not int or settings[key] < 1:
-            raise DiffratioError(f"trainer.{key} {settings[key]!r} must be an integer of at least 1")
-    chosen: list[Any] = []
-    if optimizer.ema:
-        chosen.append(WeightAverage(optimizer.ema))
-    chosen += [
-        Throughput(),
-        RatioLog(folder, callbacks["ratios_every"]),
-        RoutingHealth(callbacks["ratios_every"]),
-        Pictures(folder, callbacks["pictures_every"], callbacks["pictures_n"], cfg["budget"]["steps"]),
-        Termination(folder),
-        ModelCheckpoint(
-            dirpath=folder / "checkpoints",
-            filename="last",
-            enable_version_counter=False,
-            every_n_train_steps=callbacks["checkpoint_every"] or settings["max_steps"],
-        ),
-    ]
-    if settings["enable_progress_bar"]:
-        chosen.append(TQDMProgressBar(refresh_rate=max(1, settings["log_every_n_steps"] // 2)))
-    if settings["precision"] == "auto":
-        settings["precision"] = best_precision(settings["accelerator"])
-    check_processes(settings, optimizer)
-    plugins: list[Any] = [SafeCheckpointIO()]
-    settings["strategy"] = strategy_of(settings["strategy"])
-    if isinstance(settings["strategy"], ShardedStrategy) and settings["precision"] == "bf16-mixed":
-        # Lightning refuses the name with FSDP2 and takes the plugin: autocast, as in one process
-        device = "cpu" if settings["accelerator"] == "cpu" or not torch.cuda.is_available() else "cuda"
-        plugins.append(MixedPrecision("bf16-mixed", device))
-        del settings["precision"]
-    # a validation interval beyond the end would never come: validate once, at the end
-    settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
-    settings["val_check_interval"] *= settings["accumulate_grad_batches"]
-    logger = build_logger(cfg, folder)
-    try:
-        plugins += cluster_plugins()
-        trainer = Trainer(
-            **settings,
-            check_val_every_n_epoch=None,
-            logger=logger,
-            callbacks=chosen,
-            default_root_dir=folder,
-            plugins=plugins,
-        )
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise DiffratioError(f"trainer: {' '.join(str(error).split())}; mend the keys of trainer") from None
-    check_started(trainer)
-    return trainer

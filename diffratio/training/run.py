@@ -160,15 +160,17 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         build_objective,
         build_transformer,
         lora_settings,
-        typed,
     )
     from diffratio.training.schedules import predicted_errors
-    from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings
+    from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings, callback_settings, typed
+    from diffratio.training.trainer import check_trainer
 
     plain = plain_config(cfg)
     budget = typed(BudgetSettings, plain["budget"], "budget")
     typed(OptimizerSettings, plain["optimizer"], "optimizer")
     typed(LossSettings, {k: plain["objective"][k] for k in ("timesteps", "distill")}, "objective")
+    callback_settings(plain)
+    check_trainer(plain)
     named = plain["data"].get("source") is not None  # an experiment for a user's own data names none yet
     data = build_data(plain) if named else None
     with torch.device("meta"):
@@ -186,7 +188,8 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
     parameters = trained = sum(p.numel() for p in transformer.parameters())
     lora = lora_settings(plain)
     if lora:
-        surgery.add_lora_(transformer, lora)
+        with torch.device("meta"):
+            surgery.add_lora_(transformer, lora)
         trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     batch, tokens = plain["data"]["batch_size"], run.grid.tokens
     # weights in fp32, of trained ones gradients, two Adam moments and the average; activations of 34 channels a block
@@ -247,9 +250,9 @@ def measure(cfg: DictConfig, out: str, settings: Any) -> dict[str, Any]:
     import sys
 
     from diffratio.sensitivity import measure_sensitivity, save_sensitivity
-    from diffratio.training.build import budget_run, build_data, build_objective, build_transformer, typed
+    from diffratio.training.build import budget_run, build_data, build_objective, build_transformer
     from diffratio.training.schedules import along
-    from diffratio.training.settings import BudgetSettings
+    from diffratio.training.settings import BudgetSettings, typed
 
     if Path(out).suffix != ".safetensors":
         raise DiffratioError(f"--out {out!r}: give a name that ends in .safetensors")
@@ -288,11 +291,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from lightning.pytorch.utilities import rank_zero_only
 
     from diffratio.data.latents import LatentData
-    from diffratio.training.build import build_data, build_module, build_trainer
+    from diffratio.training.build import build_data, build_module
     from diffratio.training.callbacks import WeightAverage
     from diffratio.training.latency import keep_table, with_own_table
     from diffratio.training.processes import check_alike, ending_together, under_srun
     from diffratio.training.saving import LAST, present, read_resumable, resumable
+    from diffratio.training.trainer import build_trainer
 
     plain = plain_config(cfg)
     started = time.perf_counter()
@@ -396,10 +400,11 @@ def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seco
     from diffratio.training.build import budget_table
     from diffratio.training.export import card_of, export_module, export_module_adapter, final_losses
     from diffratio.training.latency import in_words, promised, reached
+    from diffratio.training.settings import callback_settings
 
     module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     with trainer.precision_plugin.forward_context():
-        parts = final_losses(module, trainer.datamodule, plain["callbacks"]["final_n"])
+        parts = final_losses(module, trainer.datamodule, callback_settings(plain).final_n)
     losses = parts.pop("loss")
     names = trainer.datamodule.class_names
     cost = module.method.macs(module.run)

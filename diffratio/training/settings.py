@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from diffratio.cost.macs import UNITS
-from diffratio.errors import DiffratioError, unknown
+from diffratio.errors import DiffratioError, shortened, unknown
 from diffratio.methods.base import check_budget
 from diffratio.objectives.draws import TIMESTEPS
 
+T = TypeVar("T")
+Config = Mapping[str, Any]
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 WEIGHTINGS = ("run", "density")
 TRAINABLE = ("all", "none")
 NONFINITE = ("stop", "skip")
+MOST_STEPS = 10**9  # and pictures; more is a slip of the hand
 OPTIMIZERS = ("adamw", "fused", "adamw_8bit")
 
 
@@ -167,3 +175,77 @@ class GuardSettings:
             raise unknown("callbacks.nonfinite", self.nonfinite, NONFINITE)
         if self.max_skipped < 1:
             raise DiffratioError(f"callbacks.max_skipped {self.max_skipped!r} must be at least 1")
+
+
+@dataclass(frozen=True)
+class CallbackSettings(GuardSettings):
+    """What happens beside the steps.
+
+    Args:
+        checkpoint_every: steps between resumable checkpoints; 0 keeps only the last.
+        pictures_every: steps between sample grids and heat maps; 0 draws them at the end.
+        pictures_n: samples of a grid.
+        ratios_every: steps between rows of `ratios.csv` and looks at the routing's health.
+        probe_n: held-out pictures for the loss before and after rounding.
+        final_n: held-out pictures for the last validation loss.
+    """
+
+    checkpoint_every: int = 100
+    pictures_every: int = 0
+    pictures_n: int = 20
+    ratios_every: int = 10
+    probe_n: int = 100
+    final_n: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("checkpoint_every", "pictures_every", "pictures_n", "ratios_every", "probe_n", "final_n"):
+            least, value = int(name not in ("checkpoint_every", "pictures_every")), getattr(self, name)
+            if not least <= value <= MOST_STEPS:
+                raise DiffratioError(
+                    f"callbacks.{name} {shortened(value)} must be at least {least} and at most {MOST_STEPS:,}"
+                )
+
+
+def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
+    """A settings dataclass from a config section.
+
+    Raises:
+        DiffratioError: unknown key, or a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise unknown(f"key of {section}", key, fields)
+        default = fields[key].default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(default, tuple):
+            if not isinstance(value, str | list | tuple):
+                raise DiffratioError(f"{section}.{key} is {value!r}; it takes a list such as {list(default)}")
+            value = (value,) if isinstance(value, str) else tuple(value)
+        kind = str if default is None else type(default)
+        if type(value) is not kind and value is not default:
+            raise DiffratioError(f"{section}.{key} is {shortened(value)}; it takes {_KINDS.get(kind, kind.__name__)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DiffratioError(f"{section}.{key} is {value!r}; it takes a finite number")
+        chosen[key] = value
+    return cls(**chosen)
+
+
+def check_switches(settings: Mapping[str, Any], section: str, *keys: str) -> None:
+    """Checks keys of a section that are on or off.
+
+    Raises:
+        DiffratioError: one that is neither.
+    """
+    for key in keys:
+        if not isinstance(settings.get(key, False), bool):
+            raise DiffratioError(f"{section}.{key} is {shortened(settings[key])}; it takes true or false")
+
+
+def callback_settings(cfg: Config) -> CallbackSettings:
+    """Settings of what happens beside the steps; runs of earlier versions lack some."""
+    known = {field.name for field in dataclasses.fields(CallbackSettings)}
+    return typed(CallbackSettings, {key: value for key, value in cfg["callbacks"].items() if key in known}, "callbacks")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.surgery import drop_root_module_
-from diffratio.training.build import best_precision
 from diffratio.training.module import Training
+from diffratio.training.trainer import best_precision
 
 
 class _Host:

@@ -14,9 +14,9 @@ from diffratio.cli import main
 from diffratio.errors import DiffratioError
 from diffratio.sensitivity import load_sensitivity, save_sensitivity, store
 from diffratio.surgery import describe
-from diffratio.training.build import build_method, build_transformer, typed
+from diffratio.training.build import build_method, build_transformer
 from diffratio.training.run import compose, plain_config, train
-from diffratio.training.settings import BudgetSettings
+from diffratio.training.settings import BudgetSettings, typed
 
 MODEL = [
     "backbone=dit",

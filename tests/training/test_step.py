@@ -11,10 +11,11 @@ import torch
 from tiny_run import job
 
 from diffratio.routing.schedule import constant_table
-from diffratio.training.build import build_data, build_module, build_trainer
+from diffratio.training.build import build_data, build_module
 from diffratio.training.module import Training
 from diffratio.training.run import compose, plain_config
 from diffratio.training.step import TrainingStep, freeze_, spread_ratios_
+from diffratio.training.trainer import build_trainer
 
 
 def config(data: Path, run: Path, *overrides: str) -> dict[str, Any]:
