@@ -42,8 +42,9 @@ def sampled(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
     from diffratio.checkpoint import SamplerSettings, load_pipeline, read_card, resolve
-    from diffratio.sampling.generate import generate, sample_grid, save_npz, usable_device
+    from diffratio.sampling.generate import generate, sample_grid, save_npz
     from diffratio.sampling.known import triples
+    from diffratio.sampling.processes import usable_device
 
     place = resolve(args.folder)
     has_card = isinstance(place, Path) and (place / "card.json").is_file()

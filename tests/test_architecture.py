@@ -16,7 +16,7 @@ PACKAGE = Path(diffratio.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
-LEAVES = {"errors", "files", "catalog"}  # anyone may import them
+LEAVES = {"errors", "files", "catalog", "plain"}  # anyone may import them
 _BASE = {"tokens", "cost"}
 _MODELS = _BASE | {"routing", "methods", "backbones"}
 _SURGERY = _MODELS | {"surgery", "conditions", "inpainting"}
@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "catalog": set(),
+    "plain": {"errors"},
     "tokens": set(),
     "conditions": set(),
     "inpainting": set(),

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from diffratio.bench.profiling import in_words
-from diffratio.bench.settings import SECTIONS, BenchSettings, check_kind, section
+from diffratio.bench.settings import SECTIONS, BenchSettings, check_kind
 from diffratio.bench.table import Row, text
 from diffratio.cost.latency import cpu_threads
 from diffratio.cost.table import LatencyTable
 from diffratio.errors import DiffratioError
 from diffratio.files import writable_folder, write_json
+from diffratio.plain import typed
 
 SCHEMA = 1
 FEW = 10
@@ -45,8 +46,8 @@ def run_bench(kind: str, cfg: Mapping[str, Any]) -> BenchResult:
     Raises:
         DiffratioError: an unknown bench, bad settings, or a device that is not there.
     """
-    settings = section(BenchSettings, {key: cfg[key] for key in _SHARED if key in cfg})
-    own: Any = section(SECTIONS[check_kind(kind)], cfg[kind], kind)
+    settings = typed(BenchSettings, {key: cfg[key] for key in _SHARED if key in cfg}, what="bench")
+    own: Any = typed(SECTIONS[check_kind(kind)], cfg[kind], kind)
     device = _device(settings.device)
     if settings.out:
         writable_folder(Path(settings.out).parent)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from diffratio.errors import DiffratioError, unknown
+from diffratio.plain import MOST, whole
 
 MODES = ("eager", "compiled")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -215,43 +214,9 @@ def expanded(kind: str, overrides: Sequence[str]) -> list[str]:
     return found
 
 
-def section(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """A settings dataclass from plain data; lists become tuples.
-
-    Args:
-        cls: dataclass.
-        values: plain data by field; missing fields take their defaults.
-        where: prefix of the keys in messages.
-
-    Raises:
-        DiffratioError: an unknown key, or a value of another type.
-    """
-    hints, chosen = typing.get_type_hints(cls), {}
-    for key, value in values.items():
-        if key not in hints:
-            raise unknown(f"key of {where or 'bench'}", key, hints)
-        if not _fits(value, hints[key]):
-            name = getattr(hints[key], "__name__", str(hints[key]))
-            wanted = f"a list, {key}=[...]" if typing.get_origin(hints[key]) is tuple else f"one {name}"
-            raise DiffratioError(f"{where + '.' if where else ''}{key}={value!r}: it takes {wanted}")
-        chosen[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**chosen)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(one, typing.get_args(hint)[0]) for one in value)
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    return isinstance(value, int | float if hint is float else hint)
-
-
 def _at_least(lowest: int, **values: int) -> None:
     for name, value in values.items():
-        if value < lowest:
-            raise DiffratioError(f"{name}={value!r} must be at least {lowest}")
+        whole(name, value, lowest, MOST)
 
 
 def _some(**lists: Sequence[Any]) -> None:
@@ -267,10 +232,11 @@ def _modes(modes: Sequence[str]) -> None:
 
 
 def _model(width: int, depth: int, tokens: Sequence[int]) -> None:
-    _at_least(1, depth=depth)
+    _at_least(1, depth=depth, width=width)
     if width < 8 or width % 8:
         raise DiffratioError(f"width={width!r} must be a multiple of 8")
     for count in tokens:
+        _at_least(1, tokens=count)
         if count < 4 or math.isqrt(count) ** 2 != count:
             raise DiffratioError(
                 f"tokens={count!r} is no square of at least 4; DiT takes square token grids, such as 1024"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +22,14 @@ from diffratio.data.split import ImageFormat, ImageSplit, interleaved
 from diffratio.data.stream import Augmentation, Batch, Cursor, Shard, TrainStream, ValidationStream
 from diffratio.errors import DiffratioError, shortened
 from diffratio.inpainting import InpaintSettings, Known, Masks
+from diffratio.plain import MOST, switches, whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # Up to here a split is decoded once and held as uint8 (at most 2.3 GiB); beyond, pictures are decoded as they are read.
 _HELD_IMAGES, _HELD_SIZE = 200_000, 64
-_LARGEST, _WORKERS, _SEEDS, _CLASSES = 2**16, 256, 2**32 - 1, 10**6  # beyond them stands a slip of the hand
+_WORKERS, _SEEDS, _CLASSES = 256, 2**32 - 1, 10**6  # beyond them stands a slip of the hand
 
 
 class ImageData(LightningDataModule):
@@ -107,12 +107,12 @@ class ImageData(LightningDataModule):
         buckets: str | int | Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        _whole("image_size", image_size, 1, _LARGEST)
-        _whole("batch_size", batch_size, 1, _LARGEST)
-        _whole("num_workers", num_workers, 0, _WORKERS)
-        _whole("seed", seed, 0, _SEEDS)
+        whole("image_size", image_size, 1, MOST)
+        whole("batch_size", batch_size, 1, MOST)
+        whole("num_workers", num_workers, 0, _WORKERS)
+        whole("seed", seed, 0, _SEEDS)
         if num_classes is not None:
-            _whole("num_classes", num_classes, 1, _CLASSES, "; null for a model without classes")
+            whole("num_classes", num_classes, 1, _CLASSES, "; null for a model without classes")
         if text is not None:
             if not isinstance(text, Mapping):
                 raise DiffratioError(f"text is {text!r}; it takes {{encoder: minilm, tokens: 24}}, or null")
@@ -122,9 +122,12 @@ class ImageData(LightningDataModule):
                 raise DiffratioError(f"text has the keys encoder and tokens, got {', '.join(map(str, text)) or 'none'}")
             if not isinstance(text["encoder"], str):
                 raise DiffratioError(f"text.encoder must be a name or a folder, got {text['encoder']!r}")
-        for argument, value in (("flip", flip), ("pad_to", pad_to)):
-            if not isinstance(value, bool):
-                raise DiffratioError(f"{argument} is {shortened(value)}; it takes true or false")
+        switches({"flip": flip, "pad_to": pad_to}, "", ["flip", "pad_to"])
+        places = {"train_split": train_split, "validation_split": validation_split, "name": name, "source": source}
+        places |= {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
+        for argument, value in places.items():
+            if not isinstance(value, str | None):
+                raise DiffratioError(f"{argument}={shortened(value)}: it takes text")
         if isinstance(channels, bool) or channels not in (1, 3):
             raise DiffratioError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
         if not 0.0 <= label_dropout <= 1.0:
@@ -175,7 +178,7 @@ class ImageData(LightningDataModule):
 
     def set_position(self, position: int) -> None:
         """Makes `train_dataloader()` start after this many samples (all processes together)."""
-        _whole("position", position, 0)
+        whole("position", position, 0)
         self._cursor.position = int(position)
 
     def state_dict(self) -> dict[str, Any]:
@@ -353,12 +356,3 @@ def _first(split: ImageSplit, n: int) -> tuple[Tensor, Tensor]:
         raise DiffratioError(f"split {split.name!r} can give 1 to {len(split)} images, asked for {n}; ask for fewer")
     indices = np.arange(n)
     return split.samples(indices), torch.from_numpy(split.labels[indices])
-
-
-def _whole(argument: str, value: int, least: int, most: int = 2**62, more: str = "") -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise DiffratioError(f"{argument} must be an integer, got {shortened(value)}{more}")
-    if value < least:
-        raise DiffratioError(f"{argument} must be at least {least}, got {value}{more}")
-    if value > most:
-        raise DiffratioError(f"{argument} must be at most {most:,}, got {shortened(value)}{more}")

@@ -26,6 +26,7 @@ from diffratio.data.manifest import DTYPES, MANIFEST, LatentShard, Manifest, rea
 from diffratio.data.split import to_unit_range
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import atomic_file, read_json, sha256, writable_folder, write_json
+from diffratio.plain import MOST, typed, whole
 from diffratio.sampling.processes import Team
 from diffratio.sampling.vae import LatentCoder, load_vae
 
@@ -65,10 +66,7 @@ class PrecomputeSettings:
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         for name in ("shard_size", "batch_size", "workers"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise DiffratioError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        if type(self.streaming) is not bool:
-            raise DiffratioError(f"streaming is true or false, got {self.streaming!r}")
+            whole(name, getattr(self, name), 1, MOST if name != "workers" else 256)
 
 
 def precompute(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def precompute(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DiffratioError: bad settings, a folder that holds another set, or a picture or caption that cannot be read.
     """
-    settings = PrecomputeSettings(**{one.name: cfg[one.name] for one in dataclasses.fields(PrecomputeSettings)})
+    settings = typed(PrecomputeSettings, {one.name: cfg[one.name] for one in dataclasses.fields(PrecomputeSettings)})
     data, out, team = dict(cfg["data"]), Path(settings.out), Team()
     if data.get("buckets") is not None:
         raise DiffratioError(

@@ -262,23 +262,6 @@ def _to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
 
-def usable_device(name: str, said: str) -> str:
-    """The device of that name.
-
-    Args:
-        name: as torch takes it.
-        said: how it was asked for, for the message.
-
-    Raises:
-        DiffratioError: there is none here.
-    """
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise DiffratioError(f"{said} is not available here; `diffratio doctor` lists the devices") from None
-    return name
-
-
 def sample_grid(images: Tensor, columns: int, scale: int = 3) -> Image:
     """One picture of many, row by row.
 

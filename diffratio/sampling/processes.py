@@ -39,6 +39,23 @@ def process_state() -> Any | None:
     return state if world > 1 else None
 
 
+def usable_device(name: str, said: str) -> str:
+    """The device of that name.
+
+    Args:
+        name: as torch takes it.
+        said: how it was asked for, for the message.
+
+    Raises:
+        DiffratioError: there is none here.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise DiffratioError(f"{said} is not available here; `diffratio doctor` lists the devices") from None
+    return name
+
+
 class Team:
     """The processes of this job; a single one is a team of one and pays nothing for it."""
 
@@ -65,12 +82,15 @@ class Team:
 
         Args:
             wanted: `auto`, or a torch device string.
+
+        Raises:
+            DiffratioError: there is none of that name here.
         """
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
         if wanted == "cuda" and self._state is not None and self._state.device.type == "cuda":
             return str(self._state.device)
-        return wanted
+        return usable_device(wanted, f"device={wanted!r}")
 
     def together(self, work: Callable[[], T]) -> T:
         """Every process does the same; an error in one ends all of them with one message.

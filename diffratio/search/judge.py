@@ -14,7 +14,8 @@ from diffratio.errors import DiffratioError
 from diffratio.methods.dato import DaTo, DaToMethod
 from diffratio.methods.fewer_steps import FewerSteps, FewerStepsMethod
 from diffratio.methods.step_schedule import StepChoice, StepSchedule
-from diffratio.sampling.generate import generate, usable_device
+from diffratio.sampling.generate import generate
+from diffratio.sampling.processes import usable_device
 from diffratio.sampling.prompted import dense_run
 from diffratio.search.settings import SearchSettings
 from diffratio.search.timetable import KINDS, Drift, Timetable, recorded, timetables

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from diffratio.errors import DiffratioError, unknown
 from diffratio.files import configs_folder
 from diffratio.methods.step_schedule import ACTIONS, COMPUTE, HIGHEST, REUSE
+from diffratio.plain import MOST, typed, whole
 
 METHODS = ("dato", "fewer_steps")
 ERRORS = ("mse", "features")
@@ -63,8 +63,9 @@ class SearchSettings:
     def __post_init__(self) -> None:
         least = {"steps": 2, "n": 1, "generations": 1, "population": 4, "seed": 0, "held_out_n": 1, "batch_size": 1}
         for name, lowest in least.items():
-            if (value := getattr(self, name)) < lowest:
-                raise DiffratioError(f"search: {name}={value} must be a whole number of at least {lowest}")
+            whole(f"search: {name}", getattr(self, name), lowest, 2**31 if name == "seed" else MOST)
+        if self.guidance_scale < 0:
+            raise DiffratioError(f"search: guidance_scale={self.guidance_scale:g} must be at least 0; 1 is none")
         for value, allowed, what in ((self.method, METHODS, "method to search"), (self.error, ERRORS, "search error")):
             if value not in allowed:
                 raise unknown(what, value, allowed)
@@ -105,19 +106,12 @@ class SearchSettings:
             DiffratioError: a missing key, or a value of another type.
         """
         values: dict[str, Any] = {}
-        hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             value = _method(cfg["method"]) if field.name == "method" and "method" in cfg else cfg.get(field.name)
             if field.name not in cfg or (value is None and field.default is not None):
                 raise DiffratioError(f"search needs {field.name}={field.name.upper()}")
-            hint = hints[field.name]
-            members = typing.get_args(hint) if typing.get_origin(hint) is tuple else None
-            fits = isinstance(value, list | tuple) and all(_is(one, members[0]) for one in value) if members else None
-            if not (_is(value, hint) if fits is None else fits):
-                wanted = f"a list, {field.name}=[...]" if members else f"one {getattr(hint, '__name__', hint)}"
-                raise DiffratioError(f"search: {field.name}={value!r}: it takes {wanted}")
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-        return cls(**values)
+            values[field.name] = value
+        return typed(cls, values)
 
 
 def _method(given: Any) -> Any:
@@ -128,9 +122,3 @@ def _method(given: Any) -> Any:
     if name in METHODS and given != yaml.safe_load((configs_folder() / "method" / f"{name}.yaml").read_text("utf-8")):
         raise DiffratioError(f"search takes method={name} alone; leave method.KEY out, the search decides about steps")
     return name
-
-
-def _is(value: Any, hint: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int | float if hint is float else hint)

@@ -26,6 +26,7 @@ from diffratio.errors import DiffratioError, shortened
 from diffratio.inpainting import InpaintSettings
 from diffratio.methods.base import MethodConfig, config_from_json, get_method, methods, solve_for_budget
 from diffratio.objectives import Objective, get_objective
+from diffratio.plain import switches, typed
 from diffratio.routing.schedule import KeepSchedule
 from diffratio.sampling.schedulers import noise_levels, set_steps
 from diffratio.training.inpaint import sees_holes_
@@ -39,8 +40,6 @@ from diffratio.training.settings import (
     LossSettings,
     OptimizerSettings,
     callback_settings,
-    check_switches,
-    typed,
 )
 
 _LOSS = ("timesteps", "distill")  # keys of the objective group that say how it is minimised
@@ -57,7 +56,7 @@ def build_transformer(cfg: Config, data: ImageData | None = None, weights: bool 
     backbone = get_backbone(settings["name"])
     if not isinstance(settings["config"], Mapping | None):
         raise DiffratioError(f"backbone.config is {shortened(settings['config'])}; it takes {{key: value}}, or null")
-    check_switches(settings, "backbone", "gradient_checkpointing")
+    switches(settings, "backbone", ["gradient_checkpointing"])
     given = {key: value for key, value in (settings["config"] or {}).items() if key not in NOTES}
     if settings["source"] and (weights or not given):
         transformer = load_transformer(settings["source"]) if weights else load_skeleton(settings["source"])
@@ -267,6 +266,8 @@ def lora_settings(cfg: Config) -> surgery.LoraSettings | None:
     values = cfg.get("lora") or {}  # runs of earlier versions have none
     if values.get("rank") is None:
         return None
+    if isinstance(values.get("targets"), str):  # one needs no brackets
+        values = {**values, "targets": [values["targets"]]}
     settings = typed(surgery.LoraSettings, values, "lora")
     if cfg["optimizer"]["weights"] == "none":
         raise DiffratioError(

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffratio.errors import DiffratioError, RunFailed, Terminated, first_line, unknown
 from diffratio.files import atomic_file, configs_folder, read_text, writable_folder, write_json
+from diffratio.plain import typed
 
 _LARGEST_CONFIG, _DEEPEST = 1 << 20, 32  # bytes; mappings and lists inside each other
 _PLACES = ("backbone.source", "data.source", "paths.output_dir", "ckpt_path", "weights", "parts", "out", "vae", "map")
@@ -162,7 +163,7 @@ def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> d
         lora_settings,
     )
     from diffratio.training.schedules import predicted_errors
-    from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings, callback_settings, typed
+    from diffratio.training.settings import BudgetSettings, LossSettings, OptimizerSettings, callback_settings
     from diffratio.training.trainer import check_trainer
 
     plain = plain_config(cfg)
@@ -252,7 +253,7 @@ def measure(cfg: DictConfig, out: str, settings: Any) -> dict[str, Any]:
     from diffratio.sensitivity import measure_sensitivity, save_sensitivity
     from diffratio.training.build import budget_run, build_data, build_objective, build_transformer
     from diffratio.training.schedules import along
-    from diffratio.training.settings import BudgetSettings, typed
+    from diffratio.training.settings import BudgetSettings
 
     if Path(out).suffix != ".safetensors":
         raise DiffratioError(f"--out {out!r}: give a name that ends in .safetensors")

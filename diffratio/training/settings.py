@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from diffratio.cost.macs import UNITS
 from diffratio.errors import DiffratioError, shortened, unknown
 from diffratio.methods.base import check_budget
 from diffratio.objectives.draws import TIMESTEPS
+from diffratio.plain import typed
 
-T = TypeVar("T")
 Config = Mapping[str, Any]
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 WEIGHTINGS = ("run", "density")
 TRAINABLE = ("all", "none")
 NONFINITE = ("stop", "skip")
@@ -205,44 +203,6 @@ class CallbackSettings(GuardSettings):
                 raise DiffratioError(
                     f"callbacks.{name} {shortened(value)} must be at least {least} and at most {MOST_STEPS:,}"
                 )
-
-
-def typed(cls: type[T], values: Mapping[str, Any], section: str) -> T:
-    """A settings dataclass from a config section.
-
-    Raises:
-        DiffratioError: unknown key, or a value of another type.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    chosen: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise unknown(f"key of {section}", key, fields)
-        default = fields[key].default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(default, tuple):
-            if not isinstance(value, str | list | tuple):
-                raise DiffratioError(f"{section}.{key} is {value!r}; it takes a list such as {list(default)}")
-            value = (value,) if isinstance(value, str) else tuple(value)
-        kind = str if default is None else type(default)
-        if type(value) is not kind and value is not default:
-            raise DiffratioError(f"{section}.{key} is {shortened(value)}; it takes {_KINDS.get(kind, kind.__name__)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise DiffratioError(f"{section}.{key} is {value!r}; it takes a finite number")
-        chosen[key] = value
-    return cls(**chosen)
-
-
-def check_switches(settings: Mapping[str, Any], section: str, *keys: str) -> None:
-    """Checks keys of a section that are on or off.
-
-    Raises:
-        DiffratioError: one that is neither.
-    """
-    for key in keys:
-        if not isinstance(settings.get(key, False), bool):
-            raise DiffratioError(f"{section}.{key} is {shortened(settings[key])}; it takes true or false")
 
 
 def callback_settings(cfg: Config) -> CallbackSettings:

@@ -12,12 +12,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from diffratio.errors import DiffratioError, shortened, unknown
+from diffratio.plain import switches
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
 from diffratio.training.health import RoutingHealth
 from diffratio.training.logs import RunCSVLogger, RunWandbLogger
 from diffratio.training.processes import check_processes, check_started, cluster_plugins, strategy_of
 from diffratio.training.saving import SafeCheckpointIO
-from diffratio.training.settings import MOST_STEPS, Config, OptimizerSettings, callback_settings, check_switches
+from diffratio.training.settings import MOST_STEPS, Config, OptimizerSettings, callback_settings
 from diffratio.training.sharding import ShardedStrategy
 from diffratio.training.termination import Termination
 
@@ -63,7 +64,7 @@ def check_trainer(cfg: Config) -> None:
     Raises:
         DiffratioError: a number of steps or nodes that is none, or a switch that is neither on nor off.
     """
-    check_switches(cfg["trainer"], "trainer", *_SWITCHES)
+    switches(cfg["trainer"], "trainer", _SWITCHES)
     for key in ("max_steps", "val_check_interval", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
         value = cfg["trainer"][key]
         if type(value) is not int or not 1 <= value <= MOST_STEPS:

@@ -89,7 +89,7 @@ def parquet(folder: Path, labels: bool = True, broken: int | None = None) -> Pat
         ("backbone.config.patch_sice=4", "did you mean backbone.config.patch_size"),
         ("budget.target=0", "budget.target: budget 0.0 is outside (0, 1]"),
         ("budget.target=1.5", "budget.target: budget 1.5 is outside (0, 1]"),
-        ("budget.target=half", "budget.target is 'half'; it takes a number"),
+        ("budget.target=half", "budget.target='half': it takes a finite number"),
         ("budget.target=0.01", "set budget.target to at least 0."),
         ("data.image_size=30", "resize or pad the data (data.image_size)"),
         ("data.image_size=64", "does not fit a model of sample_size 32; set data.image_size"),
@@ -98,7 +98,7 @@ def parquet(folder: Path, labels: bool = True, broken: int | None = None) -> Pat
         ("trainer.max_steps=few", "trainer.max_steps 'few' must be an integer"),
         ("trainer.precision=17", "trainer: "),
         ("ckpt_path=nothing.ckpt", "is no file"),
-        ("optimizer.lr=fast", "optimizer.lr is 'fast'; it takes a number"),
+        ("optimizer.lr=fast", "optimizer.lr='fast': it takes a finite number"),
     ],
 )
 def test_bad_settings(

@@ -119,7 +119,7 @@ def test_an_unreachable_budget_is_a_record_not_an_end(checkpoints: tuple[str, st
         ({"budgets": [1.5]}, "outside"),
         ({"budgets": []}, "at least one budget"),
         ({"n": 2}, "kid_lite0"),
-        ({"n": "many"}, "it takes one int"),
+        ({"n": "many"}, "it takes an integer"),
         ({"methods": "tome"}, "it takes a list"),
     ],
 )

@@ -141,15 +141,15 @@ def test_dropping_steps_is_a_schedule_of_c_and_r(weights: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"population": -3}, "population=-3 must be a whole number of at least 4"),
-        ({"generations": 0}, "generations=0 must be"),
+        ({"population": -3}, "population must be at least 4, got -3"),
+        ({"generations": 0}, "generations must be at least 1, got 0"),
         ({"method": "tome"}, "unknown method to search 'tome'"),
         ({"actions": ["C", "Z"]}, "unknown action 'Z'"),
         ({"actions": ["S"]}, "lacks C"),
         ({"actions": ["C"], "ratios": []}, "there is one schedule"),
         ({"ratios": [0.9]}, "ratio 0.9 is outside"),
         ({"ratios": 0.5}, "it takes a list"),
-        ({"steps": "many"}, "it takes one int"),
+        ({"steps": "many"}, "it takes an integer"),
         ({"error": "fid"}, "unknown search error"),
         ({"weights": "no-such"}, "no-such"),
     ],

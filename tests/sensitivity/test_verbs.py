@@ -12,11 +12,12 @@ import torch
 from diffratio.checkpoint import layout
 from diffratio.cli import main
 from diffratio.errors import DiffratioError
+from diffratio.plain import typed
 from diffratio.sensitivity import load_sensitivity, save_sensitivity, store
 from diffratio.surgery import describe
 from diffratio.training.build import build_method, build_transformer
 from diffratio.training.run import compose, plain_config, train
-from diffratio.training.settings import BudgetSettings, typed
+from diffratio.training.settings import BudgetSettings
 
 MODEL = [
     "backbone=dit",

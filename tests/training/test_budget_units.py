@@ -125,7 +125,7 @@ def test_the_dense_control_promises_the_dense_run(data: Path, tmp_path: Path, ta
         (["budget.table=x.json"], "budget.table='x.json' is for budget.unit=latency, and the unit is macs"),
         (["budget.unit=seconds"], "unknown budget.unit 'seconds': known are latency, macs, mean_ratio"),
         (["budget=latency", "budget.table=none.json"], "budget.table=none.json: cost table: no file 'none.json'"),
-        (["budget=latency", "budget.table=3"], "budget.table is 3; it takes text"),
+        (["budget=latency", "budget.table=3"], "budget.table=3: it takes text or null"),
         (["budget=latency", "budget.table=TABLE", "backbone.config.num_layers=2"], "this is dit of 2 blocks, width 32"),
         (["budget=latency", "budget.table=TABLE", "backbone.config.patch_size=4"], "4x4 tokens, and this is"),
         (["budget=latency", "budget.table=TABLE", "backbone.config.attention_head_dim=8"], "width 16"),

@@ -216,7 +216,7 @@ def test_a_step_by_hand(data: Path) -> None:
     ("words", "message"),
     [
         (["lora.rank=0"], "lora.rank 0 must be an integer of at least 1; lora=none trains without LoRA"),
-        (["lora=default", "lora.rank=2.5"], "lora.rank is 2.5; it takes an integer"),
+        (["lora=default", "lora.rank=2.5"], "lora.rank=2.5: it takes an integer"),
         (["lora=default", "lora.rank=10000000"], "lora.rank 10000000 is more than the 128 features"),
         (["lora=default", "lora.targets=mlp"], "known are attention, block, feed_forward, self_attention"),
         (["lora=default", "optimizer.weights=none"], "optimizer.weights=none trains routing alone and lora.rank asks"),

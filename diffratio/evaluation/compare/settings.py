@@ -10,12 +10,13 @@ from typing import Any
 from diffratio.errors import DiffratioError, unknown
 from diffratio.evaluation.metrics import METRICS, check_metrics, require_samples
 from diffratio.methods.base import check_budget, get_method
+from diffratio.plain import MOST, typed, whole
 from diffratio.sensitivity import CALIBRATED
 from diffratio.surgery import check_on_top
 
 LATENCY_MODES = ("eager", "compiled")
 SCHEDULED = ("dato", "block_cache")  # the methods whose steps may come from a file
-_KINDS: dict[str, Any] = {"int": int, "str": str, "float": (int, float), "bool": bool, "str | None": (str, type(None))}
+_PICTURES = 10**6  # more samples than any metric is published with
 
 
 def method_and_file(given: str) -> tuple[str, str | None]:
@@ -90,22 +91,22 @@ class CompareSettings:
         if not self.budgets or not self.seeds:
             raise DiffratioError("compare needs at least one budget and one seed: budgets=[0.8] seeds=[0]")
         for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise DiffratioError(f"seeds: {seed!r} is no seed; they are whole numbers of at least 0, seeds=[0,1,2]")
+            whole("seeds: each", seed, 0, 2**31)
         for name, values in ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self)):
             if not isinstance(values, tuple) or name == "train_overrides":  # of these the last one counts
                 continue
             if twice := [value for value in values if values.count(value) > 1]:
                 raise DiffratioError(f"{name}={list(values)}: {twice[0]!r} stands there twice; name each once")
-        for name, least in (("steps", 1), ("batch_size", 1), ("reference_n", 2), ("validation_n", 0), ("train_n", 0)):
-            if getattr(self, name) < least:
-                raise DiffratioError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, least in (("n", 0), ("reference_n", 2), ("validation_n", 0), ("train_n", 0), ("train_steps", 0)):
+            whole(name, getattr(self, name), least, _PICTURES)
+        whole("batch_size", self.batch_size, 1, MOST)
+        whole("steps", self.steps, 1, MOST)
+        if self.guidance_scale < 0:
+            raise DiffratioError(f"guidance_scale={self.guidance_scale:g} must be at least 0; up to 1 there is none")
         for name in ("latency_repeats", "block_repeats"):
-            if getattr(self, name) < 0:
-                raise DiffratioError(f"{name} must be at least 0 (off), got {getattr(self, name)}")
+            whole(name, getattr(self, name), 0, MOST, "; 0 is off")
         for batch in self.latency_batches:
-            if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-                raise DiffratioError(f"latency_batches: {batch!r} is no batch size; give whole numbers of at least 1")
+            whole("latency_batches: each", batch, 1, MOST)
         for mode in self.latency_modes:
             if mode not in LATENCY_MODES:
                 raise unknown("latency mode", mode, LATENCY_MODES)
@@ -157,19 +158,11 @@ class CompareSettings:
         """
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            kind = str(field.type)
-            if field.name not in cfg:
-                if field.default is dataclasses.MISSING:
-                    raise DiffratioError(f"compare needs {field.name}, which configs/compare.yaml holds")
-                continue
-            value = cfg[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-            wanted = _KINDS.get(kind)
-            if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")):
-                raise DiffratioError(f"{field.name}={value!r}: it takes one {kind}")
-            if kind.startswith("tuple") and not isinstance(value, list):
-                raise DiffratioError(f"{field.name}={value!r}: it takes a list, {field.name}=[...]")
-        return cls(**values)
+            if field.name in cfg:
+                values[field.name] = cfg[field.name]
+            elif field.default is dataclasses.MISSING:
+                raise DiffratioError(f"compare needs {field.name}, which configs/compare.yaml holds")
+        return typed(cls, values)
 
 
 def _known_file(key: str, given: str) -> tuple[str, str | None]:
