@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,18 +155,26 @@ def captions_of(table: Dataset, split: str, column: str) -> list[str]:
     """
     _require(table, split, column, "caption_column", "; or set text to null for a model without text")
     values = _values(table, column, split).tolist()
-    for row, value in enumerate(values):
-        if not isinstance(value, str) or not value.strip():
-            raise DiffratioError(
-                f"row {row} of split {split!r} has no caption ({column}={value!s}); write one, remove the row, or set "
-                f"caption_column to another of {', '.join(table.column_names)}"
-            )
-        if len(value) > _LONGEST:
-            raise DiffratioError(
-                f"row {row} of split {split!r} has a caption of {len(value):,} characters ({value[:60]!r}...), "
-                f"and at most {_LONGEST:,} are taken; cut it or remove the row"
-            )
-    return [str(value) for value in values]
+    return [read_caption(value, row, split, column, table.column_names) for row, value in enumerate(values)]
+
+
+def read_caption(value: Any, row: int, split: str, column: str, columns: Iterable[str]) -> str:
+    """One caption.
+
+    Raises:
+        DiffratioError: none, an empty one or one without end; names the row.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise DiffratioError(
+            f"row {row} of split {split!r} has no caption ({column}={shortened(value)}); write one, remove the row, or "
+            f"set caption_column to another of {', '.join(columns)}"
+        )
+    if len(value) > _LONGEST:
+        raise DiffratioError(
+            f"row {row} of split {split!r} has a caption of {len(value):,} characters ({value[:60]!r}...), "
+            f"and at most {_LONGEST:,} are taken; cut it or remove the row"
+        )
+    return str(value)
 
 
 def _values(table: Dataset, column: str, split: str) -> NDArray[np.generic]:

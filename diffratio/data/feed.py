@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffratio.data.columns import captions_of, check_place, check_places, class_indices, class_names, undecoded
+from diffratio.data.columns import (
+    captions_of,
+    check_place,
+    check_places,
+    class_indices,
+    class_names,
+    read_caption,
+    undecoded,
+)
 from diffratio.data.decode import decode
 from diffratio.data.source import local_root, open_source, open_stream
 from diffratio.errors import DiffratioError
@@ -199,12 +207,8 @@ def _follower(settings: FeedSettings, split: str, stream: IterableDataset, class
                     )
                 label = found
             if settings.captions:
-                caption = values.get(settings.caption_column)
-                if not isinstance(caption, str):
-                    raise DiffratioError(
-                        f"row {number} of split {split!r} has no caption ({settings.caption_column}={caption!r}); it "
-                        f"has {', '.join(values)}: set data.caption_column, or remove the row"
-                    )
+                column = settings.caption_column
+                caption = read_caption(values.get(column), number, split, column, values)
             check_place(values.get(settings.image_column), number, split, root)
             if settings.image_column not in values:
                 raise DiffratioError(f"split {split!r} has no column {settings.image_column!r}: set data.image_column")

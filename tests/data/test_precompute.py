@@ -149,6 +149,26 @@ def test_a_stream_gives_the_same_files(here: Path, latents: Path) -> None:
         assert set(own) == set(streamed) and all(torch.equal(own[key], streamed[key]) for key in own)
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"), [(None, "has no caption"), ("  ", "has no caption"), ("x" * 70_000, "70,000")]
+)
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_captions_that_are_none_end_a_stream_too(
+    here: Path, tmp_path: Path, bad: str | None, message: str, streaming: str
+) -> None:
+    from datasets import load_dataset
+
+    table = load_dataset("parquet", data_files=str(here / "data" / "train.parquet"), split="train")
+    captions = [*table["caption"]]
+    captions[7] = bad
+    (tmp_path / "bad").mkdir()
+    table.remove_columns("caption").add_column("caption", captions).to_parquet(tmp_path / "bad" / "train.parquet")
+    changes = {"data__source": tmp_path / "bad", "streaming": streaming}
+    with pytest.raises(DiffratioError, match=f"row 7 .*{message}") as caught:
+        precompute(config(here, tmp_path / "out", **changes))
+    assert len(str(caught.value)) < 400 and not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_classes_instead_of_captions(here: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
