@@ -98,8 +98,8 @@ def test_blocks_of_other_sizes_are_other_shapes() -> None:
     [
         (["weights=nowhere"], "nowhere"),
         (["weights=fashion-dit-diffcr-80"], "is a routed checkpoint; give the dense one"),
-        (["batch=0"], "batch=0 must be at least 1"),
-        (["alignment=0"], "alignment=0 must be at least 1"),
+        (["batch=0"], "batch must be at least 1, got 0"),
+        (["alignment=0"], "alignment must be at least 1, got 0"),
         (["overrides=['seed=1']"], "give experiment=NAME as well"),
         (["experiment=fashion_modd"], "did you mean fashion_mod"),
         (["out=table.txt"], "ends in .json"),
