@@ -23,6 +23,7 @@ from diffratio.training.build import build_data, build_module
 from diffratio.training.latency import with_own_table
 from diffratio.training.latents import own_scheduler
 from diffratio.training.module import Training
+from diffratio.training.reproduce import command
 from diffratio.training.saving import read_resumable
 
 
@@ -31,7 +32,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
     # models in latent space are sampled by a pipeline that has its own encoder
     mapped = isinstance(conditions, MappedCaptions)
     text = conditions.encoder.to_json() if isinstance(conditions, Captions) and not mapped else None
-    guidance = 2.0 if plain["budget"]["guidance"] else 1.0
+    guidance = (2.0 if text is None else 3.0) if plain["budget"]["guidance"] else 1.0  # texts ask for more than classes
     if mapped:  # sampled by the family's usual pipeline
         guidance = pipeline_guidance(get_backbone(plain["backbone"]["name"]))
     return {
@@ -65,7 +66,7 @@ def card_of(plain: dict[str, Any], result: dict[str, Any], conditions: Condition
             if result.get(key)
         },
         "licence": "Apache-2.0",
-        "reproduce": f"diffratio train experiment={plain['name']} seed={plain['seed']}",
+        "reproduce": command(plain, result.get("steps")),
     }
 
 

@@ -133,6 +133,14 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     return plain  # type: ignore[return-value]
 
 
+def composed(cfg: DictConfig) -> dict[str, Any]:
+    """Plain, resolved data of a config as its files have it: `???` where a value is missing."""
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    return plain  # type: ignore[return-value]
+
+
 def check(cfg: DictConfig, sensitivity: str | None = None, verify: int = 0) -> dict[str, Any]:
     """Validates an experiment without training, and without weights where no sensitivity map is given.
 
