@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffratio.data.images import ImageData
 from diffratio.errors import DiffratioError, RunFailed
-from diffratio.training import build
+from diffratio.training import build, trainer
 from diffratio.training.module import Training
 from diffratio.training.run import compose, plain_config
 from diffratio.training.saving import SafeCheckpointIO
@@ -136,14 +136,14 @@ def test_a_state_that_is_not_finite_is_never_saved(data: Path, tmp_path: Path, m
 def scaled(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
     """Lets `train` work in fp16 on the CPU, with a loss scale whose gradients overflow in the first step."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-32)
-    original = build.Trainer
+    original = trainer.Trainer
 
     def in_halves(**settings: Any) -> Any:
         del settings["precision"]
         settings["plugins"].append(MixedPrecision("16-mixed", "cpu", scaler))
         return original(**settings)
 
-    monkeypatch.setattr(build, "Trainer", in_halves)
+    monkeypatch.setattr(trainer, "Trainer", in_halves)
     return scaler
 
 
