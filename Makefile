@@ -45,7 +45,7 @@ demo-emoji: $(VENV)/.demo
 	trained=$$(date +%s); echo "fine-tuned in $$(( trained - start )) s"; \
 	$(BIN)/diffratio export $(EMOJI)/train --out $(EMOJI)/routed --dtype float16; \
 	$(BIN)/diffratio sample $(EMOJI)/routed --prompts $(PROMPTS) --out $(EMOJI)/samples.png; \
-	$(BIN)/diffratio train experiment=emoji_inpaint trainer.max_steps=50 paths.output_dir=$(EMOJI)/fill; \
+	$(BIN)/diffratio train experiment=emoji_inpaint backbone.source=emoji-pixart-inpaint trainer.max_steps=50 paths.output_dir=$(EMOJI)/fill; \
 	$(BIN)/diffratio sample $(EMOJI)/fill/export --n 3 --out $(EMOJI)/filled.png; \
 	$(BIN)/diffratio compare data=emoji64 weights=emoji-pixart routed=[$(EMOJI)/routed] methods=[fewer_steps,tome,importance] \
 	  budgets=[0.8] n=60 reference_n=300 validation_n=100 latency_batches=[1] latency_repeats=5 paths.output_dir=$(EMOJI)/compare; \
