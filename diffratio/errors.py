@@ -37,6 +37,12 @@ def first_line(error: BaseException, most: int | None = None) -> str:
     return lines[0][:most]
 
 
+def kind_and_line(error: BaseException, most: int) -> str:
+    """Kind and first line of what a library raised, the line cut to so many characters."""
+    kind = type(error).__name__
+    return f"{kind}: {first_line(error, most)}" if str(error).strip() else kind
+
+
 def speaks() -> bool:
     """Whether this is the one of several processes that answers, by what torchrun, Lightning or srun has told it."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):

@@ -12,10 +12,9 @@ from typing import Any
 
 from diffratio.backbones import backbone_of
 from diffratio.bench.models import counted_macs, shared_copy
-from diffratio.bench.table import first_line
 from diffratio.cost.macs import Description
 from diffratio.cost.run import SamplingRun
-from diffratio.errors import BudgetUnreachable, unknown
+from diffratio.errors import BudgetUnreachable, kind_and_line, unknown
 from diffratio.methods.external_caches import CACHES, OUTSIDE, TIMESTEPS, Target, enable_
 
 NOT_ATTACHED = "does not attach"
@@ -109,7 +108,7 @@ def fit(
     except BudgetUnreachable as error:
         return Fitted(status="unreachable", note=str(error))
     except Exception as error:  # whatever it raises is its answer to being attached to a DiT
-        return Fitted(status=NOT_ATTACHED, note=first_line(error))
+        return Fitted(status=NOT_ATTACHED, note=kind_and_line(error, 160))
     over = costs[high] > budget
     note = f"misses the budget of {budget:g}: its strongest setting costs {costs[high]:.3f}" if over else ""
     return Fitted(copy, around, costs[high], knobs[high], note=note)

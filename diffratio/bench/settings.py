@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from diffratio.errors import DiffratioError, unknown
 from diffratio.plain import MOST, whole
@@ -23,7 +23,6 @@ PEERS = (
     "taylorseer_cache",
     "sea_cache",
 )
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         _at_least(1, repeats=self.repeats)
-        _at_least(0, warmup=self.warmup, seed=self.seed)
+        _at_least(0, warmup=self.warmup)
+        whole("seed", self.seed, 0, 2**31)
         if self.threads is not None:
             _at_least(1, threads=self.threads)
         if self.dtype not in DTYPES:

@@ -14,6 +14,7 @@ import torch
 from diffratio.bench.planning import planning_share
 from diffratio.bench.settings import BenchSettings
 from diffratio.cost.latency import MIB, Timing, interleaved, peak_memory
+from diffratio.errors import kind_and_line
 from diffratio.evaluation.metrics import efficiency
 from diffratio.methods.base import Method
 
@@ -145,14 +146,8 @@ def _tried(one: Variant) -> Variant:
     try:
         one.call()
     except Exception as error:  # whatever a peer or the compiler raises belongs into its row
-        return replace(one, call=None, status="failed", note=first_line(error))
+        return replace(one, call=None, status="failed", note=kind_and_line(error, 160))
     return one
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an error, cut to a readable length."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
 def _row(group: str, name: str, one: Variant, times: Mapping[str, Timing]) -> Row:

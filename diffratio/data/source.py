@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffratio.data.registry import embedded_folder, embedded_sets
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, kind_and_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -73,7 +73,7 @@ def open_stream(source: str) -> dict[str, IterableDataset]:
     try:
         loaded: Any = load_dataset(kind, streaming=True, **options)
     except Exception as error:  # the reader's many error types all mean: this cannot be read
-        raise DiffratioError(f"data source {source!r} cannot be streamed ({_brief(error)})") from error
+        raise DiffratioError(f"data source {source!r} cannot be streamed ({kind_and_line(error, 200)})") from error
     return {str(name): split for name, split in loaded.items()}
 
 
@@ -110,10 +110,11 @@ def _local(path: Path) -> dict[str, Dataset]:
     except Exception as error:  # the reader's many error types all mean: these files cannot be read
         if "corresponds to no data" in str(error):
             raise DiffratioError(
-                f"a split of data source {str(path)!r} is empty ({_brief(error)}); add rows to its file or remove it"
+                f"a split of data source {str(path)!r} is empty ({kind_and_line(error, 200)}); "
+                "add rows to its file or remove it"
             ) from error
         raise DiffratioError(
-            f"data source {str(path)!r} cannot be read ({_brief(error)}); mend or remove the file it names"
+            f"data source {str(path)!r} cannot be read ({kind_and_line(error, 200)}); mend or remove the file it names"
         ) from error
     raise DiffratioError(
         f"data source {str(path)!r} holds no parquet and no image files; put images into one sub-folder per class"
@@ -128,15 +129,10 @@ def _hub(source: str, names: str) -> dict[str, Dataset]:
     except Exception as error:  # no network, no such set, no right to read it: each library layer has its own type
         raise DiffratioError(
             f"data source {source!r} not found: no such folder, not an embedded set ({names}), and the Hugging Face "
-            f"hub gave no such data set ({_brief(error)}); connect to the network and check the id (a gated set "
-            "needs a login), or download it elsewhere and give the path of its folder"
+            f"hub gave no such data set ({kind_and_line(error, 200)}); connect to the network and check the id "
+            "(a gated set needs a login), or download it elsewhere and give the path of its folder"
         ) from error
 
 
 def _splits(loaded: Mapping[str, Dataset]) -> dict[str, Dataset]:
     return {str(name): split for name, split in loaded.items()}
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

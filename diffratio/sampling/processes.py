@@ -43,12 +43,14 @@ def usable_device(name: str, said: str) -> str:
     """The device of that name.
 
     Args:
-        name: as torch takes it.
+        name: as torch takes it, or `auto`: a GPU where there is one.
         said: how it was asked for, for the message.
 
     Raises:
         DiffratioError: there is none here.
     """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
@@ -86,9 +88,7 @@ class Team:
         Raises:
             DiffratioError: there is none of that name here.
         """
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and self._state is not None and self._state.device.type == "cuda":
+        if wanted in ("auto", "cuda") and self._state is not None and self._state.device.type == "cuda":
             return str(self._state.device)
         return usable_device(wanted, f"device={wanted!r}")
 

@@ -118,10 +118,8 @@ def load_judge(settings: SearchSettings) -> Judge:
     from diffratio.backbones.widening import inpaints
     from diffratio.checkpoint import load_pipeline
 
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(settings.weights, device=usable_device(device, f"device={device!r}"), parts=settings.parts)
+    device = usable_device(settings.device, f"device={settings.device!r}")
+    pipe = load_pipeline(settings.weights, device=device, parts=settings.parts)
     if surgery.is_applied(pipe.transformer):
         raise DiffratioError(f"weights={settings.weights!r} is a routed checkpoint; search takes a dense one")
     if inpaints(pipe.transformer):

@@ -119,18 +119,16 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     try:
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise DiffratioError(f"config: {missing[0]} has no value; give it as {missing[0]}=value")
-        plain = OmegaConf.to_container(cfg, resolve=True)
+        plain = composed(cfg)
     except OmegaConfBaseException as error:
         raise DiffratioError(f"config: {_reason(error)}") from None
-    assert isinstance(plain, dict)
-    plain.pop("hydra", None)
     for path in _PLACES:
         value: Any = plain
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, str | None):
             raise DiffratioError(f"config: {path} is {value!r}; it takes a name or a folder, {path}=./{value}")
-    return plain  # type: ignore[return-value]
+    return plain
 
 
 def composed(cfg: DictConfig) -> dict[str, Any]:
