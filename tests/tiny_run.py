@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ TINY = [
     *MODEL,
     "data.batch_size=8",
     "trainer.accelerator=cpu",
+    "trainer.precision=32-true",  # on every processor: `auto` takes bf16 where it is native
     "trainer.devices=1",
     "trainer.max_steps=8",
     "trainer.val_check_interval=4",
@@ -73,3 +75,21 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def column(run: Path, name: str) -> dict[int, float]:
     """One metric by step."""
     return {int(row["step"]): float(row[name]) for row in rows_of(run / "logs" / "metrics.csv") if row.get(name)}
+
+
+def check_mixed(words: Callable[[str], list[str]], folder: Path) -> None:
+    """A job in bf16, also where the processor has none of it: it draws its pictures and has the losses of fp32.
+
+    Args:
+        words: overrides of the job, by the name of its run.
+        folder: that its runs lie in.
+    """
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        short = ["trainer.max_steps=2", "trainer.val_check_interval=2", f"trainer.precision={precision}"]
+        train(compose("train", [*words(precision), *short]))
+        losses.append([*column(folder / precision, "train/diffusion_loss").values()])
+        assert list((folder / precision / "pictures").glob("samples-*.png"))
+    assert len(losses[0]) == 2
+    for full, mixed in zip(*losses, strict=True):
+        assert mixed != full and abs(mixed - full) < 0.02 * full

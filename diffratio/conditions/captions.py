@@ -127,16 +127,20 @@ class Captions(Conditions):
 def encode_captions(
     texts: Sequence[str], encoder: TextEncoder | EncoderSet, tick: Callable[[int], None] = lambda count: None
 ) -> Captions:
-    """Encodes captions, and the empty one, to float16 states.
+    """Encodes captions, and the empty one, to float16 states; autocast is left out, so that they are always the same.
 
     Args:
         texts: n captions.
         encoder: of text, or a set of several.
         tick: told how many more are done.
     """
-    wanted = [*texts, ""]
-    if isinstance(encoder, EncoderSet):
-        return _encoded_by_several(wanted, encoder, tick)
+    with torch.autocast("cpu", enabled=False), torch.autocast(encoder.device.type, enabled=False):
+        if isinstance(encoder, EncoderSet):
+            return _encoded_by_several([*texts, ""], encoder, tick)
+        return _encoded_by_one([*texts, ""], encoder, tick)
+
+
+def _encoded_by_one(wanted: Sequence[str], encoder: TextEncoder, tick: Callable[[int], None]) -> Captions:
     states, lengths = [], []
     for first in range(0, len(wanted), _PART):
         part = wanted[first : first + _PART]
@@ -145,7 +149,7 @@ def encode_captions(
         lengths.append(mask.sum(1))
         tick(len(part))
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(lengths).cumsum(0)])
-    return Captions(texts, torch.cat(states), offsets, encoder.identity)
+    return Captions(wanted[:-1], torch.cat(states), offsets, encoder.identity)
 
 
 def _encoded_by_several(wanted: Sequence[str], encoder: EncoderSet, tick: Callable[[int], None]) -> Captions:

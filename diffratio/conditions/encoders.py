@@ -32,6 +32,11 @@ class TextEncoder:
     def __init__(self, identity: EncoderId, tokenizer: Any, model: Any) -> None:
         self.identity, self.tokenizer, self.model = identity, tokenizer, model
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.model.parameters()).device
+
     def computing(self, dtype: torch.dtype) -> TextEncoder:
         """Sets the computing type."""
         self.model.to(dtype)
@@ -51,7 +56,6 @@ class TextEncoder:
         """
         tokens = self.identity.tokens
         self._warn_of_long(texts, tokens)
-        device = next(self.model.parameters()).device
         states = torch.zeros(len(texts), tokens, self.identity.width)
         mask = torch.zeros(len(texts), tokens, dtype=torch.long)
         for first in range(0, len(texts), _BATCH):
@@ -59,7 +63,7 @@ class TextEncoder:
             # padded to the longest of the part alone: attention masks make the states the same, and it is much faster
             given = self.tokenizer(part, padding="longest", truncation=True, max_length=tokens, return_tensors="pt")
             valid = given["attention_mask"]
-            found = self.model(input_ids=given["input_ids"].to(device), attention_mask=valid.to(device))
+            found = self.model(input_ids=given["input_ids"].to(self.device), attention_mask=valid.to(self.device))
             rows = slice(first, first + len(part))
             states[rows, : valid.shape[1]] = found.last_hidden_state.float().cpu() * valid[:, :, None]
             mask[rows, : valid.shape[1]] = valid

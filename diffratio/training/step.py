@@ -29,6 +29,7 @@ class TrainingStep:
         module: what `build_module` returns; from now on it belongs to the step.
         device: where it runs.
         target: fraction of the budget's unit that learned ratios are brought back onto after every step; else unused.
+        precision: as of `trainer.precision`, bf16-mixed or 32-true; auto takes what the hardware multiplies.
 
     Example:
         >>> from diffratio.training.build import build_data, build_module
@@ -40,14 +41,16 @@ class TrainingStep:
         True
     """
 
-    def __init__(self, module: Training, device: str | torch.device, target: float = 1.0) -> None:
+    def __init__(
+        self, module: Training, device: str | torch.device, target: float = 1.0, precision: str = "auto"
+    ) -> None:
         self.module, self.target = module.to(device), target
         self.device = torch.device(device)
         host: Any = _Host()
         module.trainer = host
         module.log = _mute  # type: ignore[method-assign]
         accelerator = "gpu" if self.device.type == "cuda" else "cpu"
-        self.precision = best_precision(accelerator)
+        self.precision = best_precision(accelerator) if precision == "auto" else precision
         self.optimizer = module.configure_optimizers()["optimizer"]
 
     def __call__(self, batch: dict[str, Tensor]) -> float:

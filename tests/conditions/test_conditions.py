@@ -163,3 +163,10 @@ def test_bad_identities_are_refused(bad: dict[str, object]) -> None:
     values: dict[str, object] = {"name": "a", "revision": "b", "tokens": 4, "width": 8}
     with pytest.raises(DiffratioError, match="text encoder"):
         EncoderId(**(values | bad))  # type: ignore[arg-type]
+
+
+def test_autocast_changes_nothing(encoder_folder: Path, captions: Captions) -> None:
+    """Previews sample in the run's precision, and their prompts must be what was trained on."""
+    with torch.autocast("cpu", torch.bfloat16):
+        again = encode_captions(TEXTS, text_encoder(str(encoder_folder), 6))
+    assert torch.equal(again.states, captions.states)

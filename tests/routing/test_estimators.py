@@ -78,10 +78,11 @@ def test_on_bins_the_interpolated_model_is_the_rounded_one() -> None:
     expected = loss_of(transformer)
     method = attachment(transformer).token_method
     method.bins = tuple(tuple(round(10 * ratio) for ratio in row) for row in ON_BINS)  # type: ignore[attr-defined]
-    assert torch.equal(loss_of(transformer.eval()), expected)
+    one_rounding = {"rtol": 1e-13, "atol": 0.0}  # products of other shapes add up in another order
+    assert torch.allclose(loss_of(transformer.eval()), expected, **one_rounding)
     method.interpolate_in_eval = True  # type: ignore[attr-defined]
     with torch.no_grad():
-        assert torch.equal(loss_of(transformer), expected.detach())
+        assert torch.allclose(loss_of(transformer), expected, **one_rounding)
 
 
 def test_freezing_fixes_the_schedule_and_leaves_nothing_behind() -> None:

@@ -65,7 +65,7 @@ def job(here: Path, run: str, *overrides: str) -> list[str]:
 
 
 def config(here: Path, *overrides: str) -> dict[str, Any]:
-    return plain_config(compose("train", job(here, "unused", "trainer.precision=32-true", *overrides)))
+    return plain_config(compose("train", job(here, "unused", *overrides)))
 
 
 def by_hand(module: Any, data: Any, batch: dict[str, Tensor], cfg: dict[str, Any]) -> float:
@@ -96,7 +96,7 @@ def test_the_loss_of_every_batch_is_that_of_its_pictures_by_hand(here: Path) -> 
     method = attachment(module.transformer).token_method
     assert isinstance(method, RoutedMethod)
     assert module.run.grid == TokenGrid(4, 4)  # the budget counts the model's own size
-    step, grids = TrainingStep(module, "cpu", 0.7), []
+    step, grids = TrainingStep(module, "cpu", 0.7, "32-true"), []
     for batch in islice(data.train_dataloader(), 4):
         expected = by_hand(module, data, batch, cfg)
         assert step(batch) == pytest.approx(expected, rel=1e-5)

@@ -21,7 +21,7 @@ from diffratio.training.run import check, compose, export_run, train
 from tests.captioned import MODEL, captioned_parquet, tiny_encoder
 from tests.evaluation.comparing import PooledPixels, settings
 from tests.tiny_run import MODEL as FASHION
-from tests.tiny_run import TINY
+from tests.tiny_run import TINY, check_mixed
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +206,8 @@ def test_text_that_does_not_fit_is_refused(here: Path, base: Path, overrides: li
     with pytest.raises(DiffratioError, match=message):
         train(compose("train", [*own, *given]))
     assert not (here / "refused").exists()
+
+
+def test_mixed_precision_trains_and_samples(here: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFRATIO_CACHE", str(here / "cache"))
+    check_mixed(lambda run: job(here, run, "method=diffcr", f"backbone.source={base}", "objective.distill=1"), here)

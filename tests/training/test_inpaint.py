@@ -26,7 +26,7 @@ from diffratio.training.run import compose, export_run, plain_config, train
 from tests.captioned import MODEL, captioned_parquet, tiny_encoder
 from tests.evaluation.comparing import light, settings
 from tests.tiny_run import MODEL as FASHION
-from tests.tiny_run import TINY, column
+from tests.tiny_run import TINY, check_mixed, column
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +292,8 @@ def test_jobs_that_do_not_fit_are_refused(
     with pytest.raises(DiffratioError, match=message):
         train(compose("train", [*job(here, "refused", "method=dense"), *given]))
     assert not (here / "refused").exists()
+
+
+def test_mixed_precision_trains_and_fills(here: Path, filling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFRATIO_CACHE", str(here / "cache"))
+    check_mixed(lambda run: job(here, run, "method=diffcr", f"backbone.source={filling}"), here)

@@ -22,7 +22,7 @@ from tests.captioned import captioned_parquet
 from tests.evaluation.comparing import PooledPixels, settings
 from tests.text_pipelines import tiny_pipeline
 from tests.tiny_run import MODEL as FASHION
-from tests.tiny_run import TINY
+from tests.tiny_run import TINY, check_mixed
 
 PROMPTS = ["red bar", "blue dot"]
 
@@ -171,3 +171,7 @@ def test_other_encoders_objectives_and_backbones_are_refused(here: Path, tmp_pat
     torch.nn.init.normal_(other.vae.decoder.conv_in.weight)
     with pytest.raises(DiffratioError, match="were made by vae"):
         data.check_pipeline(other, "other")
+
+
+def test_mixed_precision_trains_and_samples(here: Path) -> None:
+    check_mixed(lambda run: job(here, run, "method=diffcr", "budget.steps=5"), here)

@@ -15,7 +15,7 @@ from torch import Tensor
 import diffratio
 from diffratio import cli
 from diffratio.backbones import get_backbone
-from diffratio.conditions import EncoderSet, cached_captions, text_encoder
+from diffratio.conditions import EncoderSet, cached_captions, encode_captions, text_encoder
 from diffratio.conditions.mapped import MappedCaptions
 from diffratio.data.latents import LatentData
 from diffratio.data.precompute import precompute
@@ -32,7 +32,7 @@ from tests.captioned import captioned_parquet
 from tests.evaluation.comparing import light, settings
 from tests.text_pipelines import TEXT, tiny_pipeline
 from tests.tiny_run import MODEL as FASHION
-from tests.tiny_run import TINY
+from tests.tiny_run import TINY, check_mixed
 
 KINDS = ("sd3", "flux")
 TOKENS = {"sd3": 77 + TEXT, "flux": TEXT}
@@ -367,3 +367,17 @@ def test_what_does_not_fit_is_one_line(here: Path, overrides: list[str], message
     with pytest.raises(DiffratioError, match=message[here.name]) as caught:
         check(compose("train", [*own, *given]))
     assert "\n" not in str(caught.value)
+
+
+def test_mixed_precision_trains_and_samples(here: Path) -> None:
+    given = ["method=diffcr", "budget.steps=5", "lora=default", "lora.rank=2"]
+    check_mixed(lambda run: job(here, run, *given), here)
+
+
+def test_autocast_changes_no_caption(here: Path) -> None:
+    """Previews sample in the run's precision, and their prompts must be what was trained on."""
+    encoder = text_encoder(str(here / "pipe"), TOKENS[here.name])
+    alone = encode_captions(PROMPTS, encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = encode_captions(PROMPTS, encoder)
+    assert torch.equal(again.states, alone.states)

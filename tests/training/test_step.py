@@ -19,7 +19,7 @@ from diffratio.training.trainer import build_trainer
 
 
 def config(data: Path, run: Path, *overrides: str) -> dict[str, Any]:
-    return plain_config(compose("train", job(data, run, "trainer.precision=32-true", *overrides)))
+    return plain_config(compose("train", job(data, run, *overrides)))
 
 
 @pytest.mark.parametrize("method", ["dense", "mod", "diffcr"])
@@ -32,7 +32,7 @@ def test_steps_by_hand_equal_those_of_the_trainer(method: str, data: Path, tmp_p
     torch.set_num_threads(1)
     batches = list(itertools.islice(source.train_dataloader(), 2))
     by_hand = build_module(cfg, source)
-    step = TrainingStep(by_hand, "cpu", cfg["budget"]["target"])
+    step = TrainingStep(by_hand, "cpu", cfg["budget"]["target"], "32-true")
     losses = [step(batch) for batch in batches]
     assert all(loss > 0 for loss in losses)
     module = build_module(cfg, source)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import checkpoint_of, column, job, rows_of, train_tiny
+from tiny_run import check_mixed, checkpoint_of, column, job, rows_of, train_tiny
 
 import diffratio
 from diffratio.checkpoint import load_transformer, read_card
@@ -370,3 +370,9 @@ def test_a_start_is_refused_beside_a_schedule(data: Path, tmp_path: Path) -> Non
     with pytest.raises(DiffratioError, match="method.start: no file 'nowhere'"):
         train_tiny(data, tmp_path / "run", "method.start=nowhere")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("estimator", ["grouped", "soft"])
+def test_mixed_precision_trains_and_samples(estimator: str, data: Path, tmp_path: Path) -> None:
+    own = ["method=diffcr", f"method.estimator={estimator}", "objective.distill=1"]
+    check_mixed(lambda run: job(data, tmp_path / run, *own), tmp_path)
