@@ -115,6 +115,7 @@ def load_judge(settings: SearchSettings) -> Judge:
     Raises:
         DiffratioError: a checkpoint that is routed, inpaints, or is missing.
     """
+    from diffratio.backbones import backbone_of
     from diffratio.backbones.widening import inpaints
     from diffratio.checkpoint import load_pipeline
 
@@ -125,6 +126,8 @@ def load_judge(settings: SearchSettings) -> Judge:
     if inpaints(pipe.transformer):
         raise DiffratioError(f"weights={settings.weights!r} inpaints, and search shows no masks; take another model")
     if settings.prompts:
+        if backbone_of(pipe.transformer).condition != "text":
+            raise DiffratioError(f"weights={settings.weights!r} is sampled by class, not by text: leave prompts out")
         pipe.prompts = settings.prompts
     return Judge(pipe, settings)
 

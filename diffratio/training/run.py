@@ -126,8 +126,9 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         value: Any = plain
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, str | None):
-            raise DiffratioError(f"config: {path} is {value!r}; it takes a name or a folder, {path}=./{value}")
+        if not isinstance(value, str | None) or value == "":
+            meant = f"./{value}" if isinstance(value, int | float) else "NAME"
+            raise DiffratioError(f"config: {path} is {value!r}; it takes a name or a folder, {path}={meant}")
     return plain
 
 

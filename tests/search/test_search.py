@@ -152,6 +152,7 @@ def test_dropping_steps_is_a_schedule_of_c_and_r(weights: str, tmp_path: Path) -
         ({"steps": "many"}, "it takes an integer"),
         ({"error": "fid"}, "unknown search error"),
         ({"weights": "no-such"}, "no-such"),
+        ({"prompts": ["a cat"]}, "is sampled by class, not by text: leave prompts out"),
     ],
 )
 def test_bad_settings_are_one_line(changes: dict[str, Any], message: str, weights: str, tmp_path: Path) -> None:
