@@ -140,7 +140,8 @@ def compare(args: argparse.Namespace) -> Answer:
     from diffratio.training.run import compose, plain_config
 
     cfg = plain_config(compose("compare", args.overrides))
-    cfg["dry_run"] = cfg["dry_run"] or args.dry_run
+    if args.dry_run:
+        cfg["dry_run"] = True
 
     from diffratio.data import open_data
     from diffratio.data.latents import LatentData

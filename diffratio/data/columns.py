@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from diffratio.errors import DiffratioError, shortened
 if TYPE_CHECKING:
     from datasets import Dataset
 
+NO_CLASSES = "; or set num_classes to null for a model without classes"
+NO_TEXT = "; or set text to null for a model without text"
 _LONGEST = 1 << 16  # characters of a caption; encoders read a few hundred
 
 
@@ -26,7 +28,7 @@ def undecoded(table: Dataset, split: str, column: str) -> Dataset:
     """
     from datasets import Image
 
-    _require(table, split, column, "image_column")
+    require(table.column_names, split, column, "image_column")
     feature = table.features[column]
     try:
         return table.cast_column(column, Image(decode=False))
@@ -84,7 +86,7 @@ def class_names(table: Dataset, split: str, column: str | None, num_classes: int
             f"num_classes={num_classes} asks for a class-conditional model, but label_column is null; "
             f"set label_column to one of {', '.join(table.column_names)}, or num_classes to null"
         )
-    _require(table, split, column, "label_column", "; or set num_classes to null for a model without classes")
+    require(table.column_names, split, column, "label_column", NO_CLASSES)
     feature = table.features[column]
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
@@ -121,7 +123,7 @@ def class_indices(table: Dataset, split: str, column: str, names: list[str]) -> 
     Raises:
         DiffratioError: a row without a class, or with one that is not among `names`.
     """
-    _require(table, split, column, "label_column")
+    require(table.column_names, split, column, "label_column")
     values = _values(table, column, split)
     if values.dtype.kind in "US" or any(isinstance(value, str) for value in values):
         index = {name: number for number, name in enumerate(names)}
@@ -153,7 +155,7 @@ def captions_of(table: Dataset, split: str, column: str) -> list[str]:
     Raises:
         DiffratioError: no such column, one that holds no text, or a row with no caption or an empty one.
     """
-    _require(table, split, column, "caption_column", "; or set text to null for a model without text")
+    require(table.column_names, split, column, "caption_column", NO_TEXT)
     values = _values(table, column, split).tolist()
     return [read_caption(value, row, split, column, table.column_names) for row, value in enumerate(values)]
 
@@ -194,9 +196,20 @@ def _read_values(table: Dataset, column: str) -> NDArray[np.generic]:
     return array.astype(str) if array.dtype == object and all(isinstance(value, str) for value in array) else array
 
 
-def _require(table: Dataset, split: str, column: str, argument: str, more: str = "") -> None:
-    if column not in table.column_names:
+def require(there: Sequence[str], split: str, column: str, argument: str, more: str = "") -> None:
+    """Checks that a split has a column.
+
+    Args:
+        there: columns that it has.
+        split: its name.
+        column: what is looked for.
+        argument: what sets it.
+        more: what the message ends with, such as another way out.
+
+    Raises:
+        DiffratioError: it has none of that name.
+    """
+    if column not in there:
         raise DiffratioError(
-            f"split {split!r} has no column {column!r}; it has {', '.join(table.column_names)}: "
-            f"set {argument} to one of them{more}"
+            f"split {split!r} has no column {column!r}; it has {', '.join(there)}: set {argument} to one of them{more}"
         )

@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffratio.data.columns import (
+    NO_CLASSES,
+    NO_TEXT,
     captions_of,
     check_place,
     check_places,
     class_indices,
     class_names,
     read_caption,
+    require,
     undecoded,
 )
 from diffratio.data.decode import decode
@@ -172,6 +175,8 @@ def _reader(
 
 def _streams(settings: FeedSettings, splits: Mapping[str, IterableDataset]) -> tuple[list[Feed], list[str]]:
     names = _split_names(settings, list(splits))
+    for name in names:
+        _check_columns(settings, name, splits[name])
     known: list[str] = []
     if settings.num_classes is not None:
         from datasets import ClassLabel
@@ -185,6 +190,15 @@ def _streams(settings: FeedSettings, splits: Mapping[str, IterableDataset]) -> t
                 f"{settings.num_classes}; set data.num_classes to {len(known)} or more"
             )
     return [Feed(name, None, follow=_follower(settings, name, splits[name], len(known))) for name in names], known
+
+
+def _check_columns(settings: FeedSettings, split: str, stream: IterableDataset) -> None:
+    there = list(stream.column_names or next(iter(stream), {}))
+    require(there, split, settings.image_column, "image_column")
+    if settings.num_classes is not None:
+        require(there, split, settings.label_column or "", "label_column", NO_CLASSES)
+    if settings.captions:
+        require(there, split, settings.caption_column, "caption_column", NO_TEXT)
 
 
 def _follower(settings: FeedSettings, split: str, stream: IterableDataset, classes: int) -> Callable[[], Iterator[Row]]:
@@ -210,8 +224,6 @@ def _follower(settings: FeedSettings, split: str, stream: IterableDataset, class
                 column = settings.caption_column
                 caption = read_caption(values.get(column), number, split, column, values)
             check_place(values.get(settings.image_column), number, split, root)
-            if settings.image_column not in values:
-                raise DiffratioError(f"split {split!r} has no column {settings.image_column!r}: set data.image_column")
             yield Row(number, values[settings.image_column], label, caption)
 
     return follow

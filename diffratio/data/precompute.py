@@ -267,6 +267,8 @@ def _begin(out: Path, job: str, empty: Manifest) -> bool:
         half.unlink(missing_ok=True)
     if (out / MANIFEST).is_file():
         own = _job_of(out / next(iter(read_manifest(out).splits.values()))[0].file)
+    elif (out / JOB).is_file() and [one.name for one in out.iterdir()] == [JOB]:
+        own = job  # nothing of the other one was written
     elif (out / JOB).is_file():
         own = str(read_json(out / JOB, "job of a folder of latents").get("job"))
     elif any(out.iterdir()):

@@ -196,6 +196,21 @@ def test_the_verb_prints_its_speed(here: Path, capsys: pytest.CaptureFixture[str
     assert "vae" in capsys.readouterr().err
 
 
+def test_a_refused_stream_leaves_the_folder_to_the_next_job(here: Path, latents: Path) -> None:
+    from datasets import load_dataset
+
+    changes = {"data__source": here / "blank", "streaming": "true"}
+    (here / "blank").mkdir()
+    table = load_dataset("parquet", data_files=str(here / "data" / "train.parquet"), split="train")
+    captions = [" ", *list(table["caption"])[1:]]
+    table.remove_columns("caption").add_column("caption", captions).to_parquet(here / "blank" / "train.parquet")
+    with pytest.raises(DiffratioError, match="row 0 .*has no caption"):
+        precompute(config(here, here / "again", **changes))
+    assert [one.name for one in (here / "again").iterdir()] == ["job.json"]
+    precompute(config(here, here / "again", streaming="true"))
+    assert sorted(one.name for one in (here / "again").iterdir()) == sorted(one.name for one in latents.iterdir())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -203,6 +218,9 @@ def test_the_verb_prints_its_speed(here: Path, capsys: pytest.CaptureFixture[str
         ({"dtype": "bfloat16"}, "known are float16, float32"),
         ({"text": "minilm", "data__caption_column": "words"}, "tokens"),
         ({"data__caption_column": "words"}, "no column 'words'.*caption_column"),
+        ({"data__caption_column": "words", "streaming": "true"}, "no column 'words'.*caption_column"),
+        ({"data__image_column": "photo", "streaming": "true"}, "no column 'photo'.*image_column"),
+        ({"text": "null", "data__num_classes": 3, "streaming": "true"}, "no column 'label'.*label_column"),
         ({"data__train_split": "all"}, "no split 'all'"),
         ({"shard_size": 0}, "shard_size must be "),
     ],
@@ -210,7 +228,7 @@ def test_the_verb_prints_its_speed(here: Path, capsys: pytest.CaptureFixture[str
 def test_bad_jobs_are_one_line(here: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DiffratioError, match=message) as caught:
         precompute(config(here, tmp_path / "out", **changes))
-    assert "\n" not in str(caught.value) and not (tmp_path / "out" / "manifest.json").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_damaged_folders_are_refused(latents: Path, tmp_path: Path) -> None:
