@@ -115,6 +115,8 @@ class DaToMethod(Method):
         self.carried.next = Seen(before.outputs, dict(before.results))
         action = self.action(ctx.step, ctx.run)
         self.present, self.count = action is None, self.removed(ctx.step, ctx.run)
+        if self.count:  # here, since a compiled block cannot make a generator
+            self.draws, self.sign = seeded_normal((ctx.grid.tokens,), ctx.seed, ctx.step), self._sign(ctx)
         return action
 
     def end_run(self) -> None:
@@ -189,11 +191,11 @@ class DaToMethod(Method):
         metric = x.detach().float()
         if ctx.paired:  # either half may come first
             metric = functional.normalize(metric, dim=-1).unflatten(0, (2, -1)).mean(0)  # (n, N, C)
-        draws = seeded_normal((ctx.grid.tokens,), ctx.seed, ctx.step).to(x.device)
+        draws = self.draws.to(x.device)
         scores = self.config.noise * draws.expand(len(metric), -1)
         change = self._change(ctx)
         if change is not None:
-            scores = scores + self._sign(ctx) * same_samples(self.name, change, len(metric))
+            scores = scores + self.sign * same_samples(self.name, change, len(metric))
         elif not self.config.noise:
             scores = draws.expand(len(metric), -1)
         plan = prune_similar(metric, base_tokens(scores, ctx.grid), self.count, self._refills_from_kept)

@@ -344,6 +344,12 @@ def test_compiles_as_full_graphs(row: Row, backbone: str, compiler: str) -> None
     _check_compiled(row, backbone, compiler)
 
 
+@pytest.mark.parametrize("name", ["dato", "dato release queries", "sdtm"])
+def test_plans_of_drawn_numbers_compile(name: str) -> None:
+    """The quick part of the above: a block makes no generator, draws come from between the steps."""
+    _check_compiled(next(row for row in ROWS if row.name == name), "dit", "eager")
+
+
 def test_one_full_graph_serves_every_number_of_tokens() -> None:
     """The quick part of the above; a whole run, so that every bin of the schedule is met."""
     row = next(row for row in ROWS if row.name == "diffcr schedule")
