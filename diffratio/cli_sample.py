@@ -170,10 +170,17 @@ def _known(pipe: Any, args: argparse.Namespace, settings: Any, n: int, shown: _H
     if args.image is None and shown is None:
         raise DiffratioError(f"{args.folder!r} fills holes in pictures: --image FILE.png, and --mask FILE.png or boxes")
     pictures = shown.pictures if shown is not None else read_pictures(args.image)
+    side = pipe.transformer.config.sample_size
+    for name, picture in zip(args.image or (), pictures if shown is None else (), strict=True):
+        if picture.size != (side, side):
+            width, height = picture.size
+            raise DiffratioError(
+                f"picture {name!r} is {height}x{width}, and {args.folder!r} fills {side}x{side}: crop and scale it"
+            )
     pictures = [pictures[i % len(pictures)] for i in range(n)]
     mask = args.mask or (settings or InpaintSettings()).mask
     share = (settings or InpaintSettings()).share
-    masks = Masks(InpaintSettings(mask, share), pipe.transformer.config.sample_size, args.seed)
+    masks = Masks(InpaintSettings(mask, share), side, args.seed)
     return known_of(pipe.transformer, pictures, masks.fixed(range(n)), n)
 
 

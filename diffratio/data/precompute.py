@@ -67,6 +67,10 @@ class PrecomputeSettings:
             raise unknown("dtype", self.dtype, DTYPES)
         for name in ("shard_size", "batch_size", "workers"):
             whole(name, getattr(self, name), 1, MOST if name != "workers" else 256)
+        if self.tokens is not None:
+            whole("tokens", self.tokens, 2, MOST)
+        if self.text == "":
+            raise DiffratioError("text='': give a name, a folder or a hub id, or null for data.text.encoder")
 
 
 def precompute(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,17 +223,19 @@ def prepare(text: str, how: str) -> str:
 def _encoder(
     settings: PrecomputeSettings, data: Mapping[str, Any], device: str
 ) -> tuple[TextEncoder | EncoderSet | None, str]:
-    given = data.get("text") or {}
+    given = {} if data.get("text") is None else data["text"]
     if not isinstance(given, Mapping):
         raise DiffratioError(f"data.text is {given!r}; it takes {{encoder: minilm, tokens: 24}}, or null")
-    name = settings.text or given.get("encoder")
+    name = given.get("encoder") if settings.text is None else settings.text
     if name is not None and not isinstance(name, str):
         raise DiffratioError(f"text must be a name, a folder or a hub id, got {name!r}")
     if name is None:
         return None, "none"
     folder = None if name in PACKAGED else local_folder(name, download=True)
     made = pipeline_text(folder) if folder is not None else None
-    tokens = settings.tokens or (given.get("tokens") if settings.text is None else None)
+    tokens = settings.tokens
+    if tokens is None and settings.text is None:
+        tokens = given.get("tokens")
     tokens = tokens if tokens is not None or made is None else made.tokens
     if tokens is None:
         raise DiffratioError(f"text={name!r} does not say how many tokens a caption has; set tokens=N")

@@ -223,6 +223,9 @@ def test_a_refused_stream_leaves_the_folder_to_the_next_job(here: Path, latents:
         ({"text": "null", "data__num_classes": 3, "streaming": "true"}, "no column 'label'.*label_column"),
         ({"data__train_split": "all"}, "no split 'all'"),
         ({"shard_size": 0}, "shard_size must be "),
+        ({"tokens": 0}, "tokens must be at least 2, got 0"),
+        ({"text": "''"}, "text='': give a name"),
+        ({"data__text": 0}, "data.text is 0; it takes"),
     ],
 )
 def test_bad_jobs_are_one_line(here: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

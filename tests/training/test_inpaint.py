@@ -238,7 +238,7 @@ def test_the_command_line_fills_pictures(
     assert sample(filling, "--image", picture)[0] == 0
     for folder, more, message in (
         (filling, ["--image", picture, "--mask", str(here / "small.png")], "8x8 and the pictures are 16x16"),
-        (filling, ["--image", str(here / "small.png")], "mask is 16x16 and the picture 8x8"),
+        (filling, ["--image", str(here / "small.png")], "small.png' is 8x8, and"),
         (filling, ["--image", "missing.png"], "'missing.png' cannot be read"),
         (plain, ["--image", picture], "is no inpainting model"),
     ):
