@@ -255,7 +255,7 @@ def _reading(data: Mapping[str, Any], captions: bool) -> FeedSettings:
         values["num_classes"] = None
     if type(values["image_size"]) is not int or values["image_size"] < 1:
         raise DiffratioError(f"data.image_size must be a whole number of pixels, got {values['image_size']!r}")
-    return FeedSettings(**values, captions=captions, name=data.get("name") or data["source"])
+    return typed(FeedSettings, values | {"captions": captions, "name": data.get("name") or data["source"]}, "data")
 
 
 def _job(empty: Manifest, reading: FeedSettings, settings: PrecomputeSettings, feeds: Sequence[Feed]) -> str:

@@ -226,6 +226,8 @@ def test_a_refused_stream_leaves_the_folder_to_the_next_job(here: Path, latents:
         ({"tokens": 0}, "tokens must be at least 2, got 0"),
         ({"text": "''"}, "text='': give a name"),
         ({"data__text": 0}, "data.text is 0; it takes"),
+        ({"data__pad_to": 3.7}, "data.pad_to=3.7: it takes true or false"),
+        ({"data__train_split": 3}, "data.train_split=3: it takes text"),
     ],
 )
 def test_bad_jobs_are_one_line(here: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
