@@ -28,7 +28,6 @@ from diffratio.plain import typed
 
 _LARGEST_CONFIG, _DEEPEST = 1 << 20, 32  # bytes; mappings and lists inside each other
 _PLACES = ("backbone.source", "data.source", "paths.output_dir", "ckpt_path", "weights", "parts", "out", "vae", "map")
-_NEEDED = ("data.source", "paths.output_dir")
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
 # warnings about what is so on purpose: data of our own that resumes, folders that hold a run, blocks that return views
 # (nothing is done in place on them)
@@ -127,7 +126,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
         value: Any = plain
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        if value is None and path in _NEEDED and path.split(".")[0] in plain:
+        if value is None and path == "paths.output_dir" and "paths" in plain:
             raise DiffratioError(f"config: {path} has no value; give it as {path}=NAME")
         if not isinstance(value, str | None) or value == "":
             meant = f"./{value}" if isinstance(value, int | float) else "NAME"

@@ -226,6 +226,7 @@ def test_a_refused_stream_leaves_the_folder_to_the_next_job(here: Path, latents:
         ({"tokens": 0}, "tokens must be at least 2, got 0"),
         ({"text": "''"}, "text='': give a name"),
         ({"data__text": 0}, "data.text is 0; it takes"),
+        ({"data__source": "null"}, "data.source=None: it takes text"),
         ({"data__pad_to": 3.7}, "data.pad_to=3.7: it takes true or false"),
         ({"data__train_split": 3}, "data.train_split=3: it takes text"),
     ],

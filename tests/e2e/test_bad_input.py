@@ -95,6 +95,7 @@ def parquet(folder: Path, labels: bool = True, broken: int | None = None) -> Pat
         ("data.image_size=64", "does not fit a model of sample_size 32; set data.image_size"),
         ("data.source=no/such/folder", "data source 'no/such/folder' not found"),
         ("data.source=''", "data.source is ''; it takes a name or a folder, data.source=NAME"),
+        ("paths.output_dir=null", "paths.output_dir has no value; give it as paths.output_dir=NAME"),
         ("data.source=2024", "data.source is 2024; it takes a name or a folder, data.source=./2024"),
         ("data.label_column=colour", "has no column 'colour'"),
         ("trainer.max_steps=few", "trainer.max_steps 'few' must be an integer"),
