@@ -171,7 +171,7 @@ def _known(pipe: Any, args: argparse.Namespace, settings: Any, n: int, shown: _H
         raise DiffratioError(f"{args.folder!r} fills holes in pictures: --image FILE.png, and --mask FILE.png or boxes")
     pictures = shown.pictures if shown is not None else read_pictures(args.image)
     side = pipe.transformer.config.sample_size
-    for name, picture in zip(args.image or (), pictures if shown is None else (), strict=True):
+    for name, picture in zip(args.image or (), pictures, strict=False):
         if picture.size != (side, side):
             width, height = picture.size
             raise DiffratioError(

@@ -23,7 +23,7 @@ from diffratio.data.columns import (
 )
 from diffratio.data.decode import decode
 from diffratio.data.source import local_root, open_source, open_stream
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, kind_and_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -193,12 +193,22 @@ def _streams(settings: FeedSettings, splits: Mapping[str, IterableDataset]) -> t
 
 
 def _check_columns(settings: FeedSettings, split: str, stream: IterableDataset) -> None:
-    there = list(stream.column_names or next(iter(stream), {}))
+    there = list(stream.column_names or next(_rows(settings, split, stream), {}))
     require(there, split, settings.image_column, "image_column")
     if settings.num_classes is not None:
         require(there, split, settings.label_column or "", "label_column", NO_CLASSES)
     if settings.captions:
         require(there, split, settings.caption_column, "caption_column", NO_TEXT)
+
+
+def _rows(settings: FeedSettings, split: str, stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    try:
+        yield from stream
+    except Exception as error:  # the reader's many error types all mean: this file cannot be read
+        raise DiffratioError(
+            f"split {split!r} of data source {settings.source!r} cannot be streamed ({kind_and_line(error, 200)}); "
+            "mend the damaged file, or remove an empty one"
+        ) from error
 
 
 def _follower(settings: FeedSettings, split: str, stream: IterableDataset, classes: int) -> Callable[[], Iterator[Row]]:
@@ -210,7 +220,7 @@ def _follower(settings: FeedSettings, split: str, stream: IterableDataset, class
         except Exception as error:  # arrow's error types differ with the column's type
             raise DiffratioError(f"split {split!r} has no images in {settings.image_column!r} ({error})") from error
         root = local_root(settings.source)
-        for number, values in enumerate(undecoded):
+        for number, values in enumerate(_rows(settings, split, undecoded)):
             label, caption = 0, ""
             if settings.num_classes is not None:
                 found = values.get(settings.label_column or "")

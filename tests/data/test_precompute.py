@@ -29,6 +29,7 @@ TOKENS = 120  # what PixArt-alpha's pipeline pads to
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)  # several add up in an order of their own on some processors
     folder = tmp_path_factory.mktemp("precompute")
     tiny_pipeline("alpha").save_pretrained(folder / "pipe")
     captioned_parquet(folder / "data")
@@ -194,6 +195,16 @@ def test_the_verb_prints_its_speed(here: Path, capsys: pytest.CaptureFixture[str
     assert "finished before" in capsys.readouterr().out
     assert cli.main(["precompute", "data=emoji64", f"vae={here / 'nowhere'}", f"out={here / 'x'}"]) == 2
     assert "vae" in capsys.readouterr().err
+
+
+def test_a_stream_without_rows_is_one_line(here: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    (tmp_path / "none").mkdir()
+    table = parquet.read_table(here / "data" / "train.parquet")
+    parquet.write_table(table.slice(0, 0), tmp_path / "none" / "train.parquet")
+    with pytest.raises(DiffratioError, match="split 'train' of .* cannot be streamed .*remove an empty one"):
+        precompute(config(here, tmp_path / "out", data__source=tmp_path / "none", streaming="true"))
 
 
 def test_a_refused_stream_leaves_the_folder_to_the_next_job(here: Path, latents: Path) -> None:
