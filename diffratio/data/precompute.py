@@ -271,16 +271,15 @@ def _begin(out: Path, job: str, empty: Manifest) -> bool:
     writable_folder(out)
     for half in out.glob(".*.tmp"):  # of a process that was killed
         half.unlink(missing_ok=True)
+    there = {one.name for one in out.iterdir()}
     if (out / MANIFEST).is_file():
         own = _job_of(out / next(iter(read_manifest(out).splits.values()))[0].file)
-    elif (out / JOB).is_file() and [one.name for one in out.iterdir()] == [JOB]:
-        own = job  # nothing of the other one was written
+    elif not there or (there == {JOB} and (out / JOB).is_file()):  # nothing was written yet, of whatever job
+        own = job
     elif (out / JOB).is_file():
         own = str(read_json(out / JOB, "job of a folder of latents").get("job"))
-    elif any(out.iterdir()):
-        raise DiffratioError(f"out={str(out)!r} is not empty and holds no latents; choose another folder")
     else:
-        own = job
+        raise DiffratioError(f"out={str(out)!r} is not empty and holds no latents; choose another folder")
     if own != job:
         raise DiffratioError(
             f"out={str(out)!r} holds latents of another set, encoder, size, dtype or shard_size; choose another folder"

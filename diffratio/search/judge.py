@@ -113,7 +113,7 @@ def load_judge(settings: SearchSettings) -> Judge:
     """Loads the weights.
 
     Raises:
-        DiffratioError: a checkpoint that is routed, inpaints, or is missing.
+        DiffratioError: a checkpoint that is routed, inpaints, or is missing, or prompts for one of classes.
     """
     from diffratio.backbones import backbone_of
     from diffratio.backbones.widening import inpaints
