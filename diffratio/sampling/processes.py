@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,6 +33,8 @@ def process_state() -> Any | None:
 
     # It looks for CPU processes only when told to.
     state = PartialState(cpu=not torch.accelerator.is_available(), **({} if started else {"timeout": _PATIENCE}))
+    if not started:
+        leave_group_at_exit()
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if world != state.num_processes:
         raise DiffratioError(
@@ -37,6 +42,25 @@ def process_state() -> Any | None:
             "group: make it afterwards, or pass distributed=False to sample everything in each process"
         )
     return state if world > 1 else None
+
+
+def leave_group_at_exit() -> None:
+    """Has this process leave its group when it exits; for groups of ours, and where no collective is under way then.
+
+    Gloo's threads let go of the last collective's tensors when they find the time, for which they need the
+    interpreter; where it is being taken down by then, they abort the process, whose exit code says so
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.destroy_process_group()
+    gc.collect()  # a wrapped model in a cycle holds the group, and with it the threads
+    time.sleep(0.1)  # for the threads of groups that a device mesh still holds
 
 
 def usable_device(name: str, said: str) -> str:

@@ -301,6 +301,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from lightning.pytorch.utilities import rank_zero_only
 
     from diffratio.data.latents import LatentData
+    from diffratio.sampling.processes import leave_group_at_exit
     from diffratio.training.build import build_data, build_module
     from diffratio.training.callbacks import WeightAverage
     from diffratio.training.latency import keep_table, with_own_table
@@ -363,6 +364,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             result = _finish(plain, module, trainer, folder, seconds)
         if trainer.is_global_zero:
             write_json(folder / RESULT_FILE, result)
+    if trainer.world_size > 1:
+        leave_group_at_exit()
     return result
 
 
