@@ -21,10 +21,10 @@ from diffratio.evaluation.compare import compare_from_config
 HERE = Path(__file__).parent
 
 
-def start(folder: Path, out: Path) -> subprocess.Popen[str]:
+def start(folder: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     """A process that compares."""
     paths = os.pathsep.join([str(Path(diffratio.__file__).parents[1]), str(HERE)])
-    command = [sys.executable, str(HERE / "killed_worker.py"), str(folder), str(out)]
+    command = [sys.executable, str(HERE / "killed_worker.py"), str(folder), str(out), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -61,7 +61,7 @@ def test_killed_at_random_moments_and_rerun_equals_uninterrupted(
 
 def test_a_terminated_comparison_says_what_was_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints, out = make_checkpoints(tmp_path), tmp_path / "stopped"
-    code, said = stop(start(tmp_path, out), out, 1, 0.0, signal.SIGTERM)
+    code, said = stop(start(tmp_path, out, "halt"), out, 1, 0.0, signal.SIGTERM)
     assert code == 143 and "Traceback" not in said and said.strip().endswith("diffratio: terminated"), said
     statuses = [json.loads(path.read_text())["status"] for path in (out / "records").glob("*.json")]
     assert len(statuses) == 15 and "ok" in statuses and "cancelled" in statuses

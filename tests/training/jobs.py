@@ -31,17 +31,22 @@ class Job:
         folder: for what it says.
         hindrance: name of a function of this module, and its arguments; called in the process first.
         pause: seconds added to a step.
+        halt: step at which it waits for `end`; -1 waits at none.
     """
 
     def __init__(
-        self, words: list[str], folder: Path, hindrance: tuple[Any, ...] | None = None, pause: float = 0.0
+        self,
+        words: list[str],
+        folder: Path,
+        hindrance: tuple[Any, ...] | None = None,
+        pause: float = 0.0,
+        halt: int = -1,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.steps, self.said = folder / "steps.txt", folder / "said.txt"
         cache = str(datasets.config.HF_DATASETS_CACHE)
-        self.process = PROCESSES.Process(
-            target=_train, args=(words, str(self.steps), str(self.said), hindrance, pause, cache)
-        )
+        files = str(self.steps), str(self.said)
+        self.process = PROCESSES.Process(target=_train, args=(words, *files, hindrance, pause, halt, cache))
         self.process.start()
 
     def reach(self, step: int) -> None:
@@ -58,14 +63,20 @@ class Job:
         """Sends a signal; exit code and standard error."""
         if sign is not None and self.process.pid is not None:
             os.kill(self.process.pid, sign)
+            _go(self.steps).touch()
         self.process.join(120)
         code = self.process.exitcode
         self.process.kill()
         return code, self.said.read_text()
 
 
+def _go(steps: str | Path) -> Path:
+    """What a job at its halt waits for."""
+    return Path(steps).with_name("go")
+
+
 def _train(
-    words: list[str], steps: str, said: str, hindrance: tuple[Any, ...] | None, pause: float, cache: str
+    words: list[str], steps: str, said: str, hindrance: tuple[Any, ...] | None, pause: float, halt: int, cache: str
 ) -> None:
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(cache)
@@ -79,6 +90,9 @@ def _train(
         with open(steps, "a") as lines:
             lines.write(f"{module.global_step}\n")
         time.sleep(pause)
+        until = time.monotonic() + 60
+        while module.global_step == halt and not _go(steps).exists() and time.monotonic() < until:
+            time.sleep(0.01)
         original(module, *args, **kwargs)
 
     Training.optimizer_step = reporting  # type: ignore[method-assign]

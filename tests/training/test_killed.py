@@ -53,7 +53,7 @@ def test_terminated_saves_the_step_and_resumes(
     """No periodic checkpoint is due: what is resumed is what the termination saved."""
     run = tmp_path / "run"
     words = [f"trainer.accumulate_grad_batches={accumulate}"]
-    started = Job(job(data, run, *words), tmp_path, pause=0.2)
+    started = Job(job(data, run, *words), tmp_path, halt=step)
     started.reach(step)
     code, said = started.end(signal.SIGTERM)
     assert code == 143, said
@@ -119,8 +119,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     data: Path, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     run = tmp_path / "run"
-    started = Job(job(data, run, *EVERY), tmp_path, pause=0.1)
-    started.reach(6)
+    started = Job(job(data, run, *EVERY), tmp_path, halt=7)
+    started.reach(7)
     started.end(signal.SIGKILL)
     last = run / "checkpoints" / "last.ckpt"
     raw = bytearray(last.read_bytes())
