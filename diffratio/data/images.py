@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -344,7 +345,19 @@ class ImageData(LightningDataModule):
 
     def _loader(self, stream: TrainStream | ValidationStream) -> DataLoader[Batch]:
         # The stream makes whole batches: `batch_size=None` turns torch's own collation off.
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_apart,
+        )
+
+
+def _apart(worker: int) -> None:
+    """Takes a worker out of the job's group: torchrun's SIGTERM is for the main process, which saves and ends it."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _say(line: str) -> None:

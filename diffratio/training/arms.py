@@ -17,6 +17,8 @@ _FREE = (
     "paths",
     "ckpt_path",
     "trainer.enable_progress_bar",
+    "trainer.devices",
+    "trainer.num_nodes",
     "callbacks.pictures_every",
     "callbacks.nonfinite",
     "callbacks.max_skipped",
@@ -102,6 +104,8 @@ def _overrides(cfg: Mapping[str, Any], method: str, budget: float, seed: int, fo
         f"budget.steps={cfg['steps']}",
         f"budget.guidance={str(cfg['guidance_scale'] > 1).lower()}",
         f"trainer.max_steps={cfg['train_steps']}",
+        "trainer.devices=1",  # several of them would each run the whole comparison
+        "trainer.num_nodes=1",
         f"trainer.enable_progress_bar={str(sys.stderr.isatty()).lower()}",
         f"seed={seed}",
         f"paths.output_dir={_quoted(str(folder))}",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning import Callback
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor
@@ -19,6 +20,8 @@ from diffratio.training.settings import OptimizerSettings
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 _FSDP_PRECISIONS = ("32-true", "bf16-mixed")
+APART = "nothing is exported: the processes have trained apart; look for other versions or data on their machines"
+_ELSEWHERE = "nothing is trained: every process must see the same paths.output_dir, on a disk that the nodes share"
 _OWN_STEPS = 2**32 - 16  # numbers from here on are SLURM's own steps: batch, extern, interactive
 
 
@@ -159,23 +162,43 @@ def mean_over_processes(trainer: Any, value: Tensor) -> Tensor:
     return mean
 
 
-def check_alike(trainer: Any, what: str, value: Any) -> None:
+def check_alike(trainer: Any, what: str, value: Any, otherwise: str) -> None:
     """Compares plain data of all processes.
+
+    Args:
+        trainer: Lightning's.
+        what: the data, in words.
+        value: of this process.
+        otherwise: what follows where they differ, and the way out.
 
     Raises:
         RunFailed: on the first process, naming the others that differ from it; ReportedElsewhere on those.
     """
     if trainer.world_size == 1:
         return
-    release(trainer)
     values: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     different = [rank for rank, one in enumerate(values) if one != values[0]]
     if not different:
         return
+    release(trainer)
     if trainer.global_rank:
         raise ReportedElsewhere(f"{what} differs between processes", RunFailed.exit_code)
     raise RunFailed(
-        f"{what} of process {', '.join(map(str, different))} differs from that of process 0, so nothing is exported: "
-        "the processes have trained apart; look for other versions or data on their machines"
+        f"{what} of process {', '.join(map(str, different))} differs from that of process 0, so {otherwise}"
     )
+
+
+class SameStart(Callback):
+    """Has all processes go on from one state.
+
+    Args:
+        resumed: name of the checkpoint file that this one has found, or None.
+    """
+
+    def __init__(self, resumed: str | None) -> None:
+        self.resumed = resumed
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Compares file and step, before any step is made."""
+        check_alike(trainer, "the state to go on from", (self.resumed, trainer.global_step), _ELSEWHERE)

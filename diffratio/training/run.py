@@ -291,11 +291,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Trains, freezes, exports; resumes with `ckpt_path=last`.
 
     Returns:
-        What `result.json` in the run folder holds.
+        What `result.json` in the run folder holds; nothing on the further processes of `trainer=fsdp2`.
 
     Raises:
         DiffratioError: bad settings, or a run folder that holds another run.
-        RunFailed: the numbers overflowed, or the disk is full.
+        RunFailed: the numbers overflowed, the disk is full, or processes would go on from different states.
         Terminated: SIGTERM came; the message names the checkpoint to go on from.
     """
     from lightning.pytorch.utilities import rank_zero_only
@@ -305,7 +305,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from diffratio.training.build import build_data, build_module
     from diffratio.training.callbacks import WeightAverage
     from diffratio.training.latency import keep_table, with_own_table
-    from diffratio.training.processes import check_alike, ending_together, under_srun
+    from diffratio.training.processes import APART, check_alike, ending_together, under_srun
     from diffratio.training.saving import LAST, present, read_resumable, resumable
     from diffratio.training.trainer import build_trainer
 
@@ -334,7 +334,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if isinstance(data, LatentData):
         data.coder()  # that the run's pictures need at its end
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = build_trainer(plain, folder, module.optimizer_settings)
+    trainer = build_trainer(plain, folder, module.optimizer_settings, resume)
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if sweeping and trainer.world_size > 1 and not under_srun():  # each job of the launcher's is one run there
         raise DiffratioError(
@@ -350,8 +350,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message=_EXPECTED)
         trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=True)
         if module.learning_ratios:  # stopped early, by trainer.max_time
+            if not module.sharded:
+                module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             module.freeze_schedule(trainer.global_step)
-        check_alike(trainer, "the keep schedule", getattr(module.method, "bins", None))
+        check_alike(trainer, "the keep schedule", getattr(module.method, "bins", None), APART)
         trainer.save_checkpoint(folder / "checkpoints" / LAST, weights_only=False)
     seconds = time.perf_counter() - started
     with ending_together(trainer), _in_order(folder):
@@ -395,17 +397,17 @@ def _in_order(folder: Path) -> Iterator[None]:
 
 
 def _finish_sharded(plain: dict[str, Any], trainer: Any, folder: Path, seconds: float) -> dict[str, Any]:
-    """`_finish` on the first process, with a whole module from the last checkpoint; the others wait for its result."""
+    """`_finish` on the first process, with a whole module from the last checkpoint; the others have no result.
+
+    They do not wait: on accelerators that would be a collective, which ends them all after half an hour.
+    """
     from diffratio.training.export import restored
     from diffratio.training.saving import LAST, read_resumable
 
-    result: dict[str, Any] = {}
-    if trainer.is_global_zero:
-        module = restored(plain, trainer.datamodule, read_resumable(folder / "checkpoints" / LAST))
-        result = _finish(plain, module, trainer, folder, seconds)
-    found = trainer.strategy.broadcast(result)
-    assert isinstance(found, dict)
-    return found
+    if not trainer.is_global_zero:
+        return {}
+    module = restored(plain, trainer.datamodule, read_resumable(folder / "checkpoints" / LAST))
+    return _finish(plain, module, trainer, folder, seconds)
 
 
 def _finish(plain: dict[str, Any], module: Any, trainer: Any, folder: Path, seconds: float) -> dict[str, Any]:

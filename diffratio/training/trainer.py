@@ -16,7 +16,7 @@ from diffratio.plain import switches
 from diffratio.training.callbacks import Pictures, RatioLog, Throughput, WeightAverage
 from diffratio.training.health import RoutingHealth
 from diffratio.training.logs import RunCSVLogger, RunWandbLogger
-from diffratio.training.processes import check_processes, check_started, cluster_plugins, strategy_of
+from diffratio.training.processes import SameStart, check_processes, check_started, cluster_plugins, strategy_of
 from diffratio.training.saving import SafeCheckpointIO
 from diffratio.training.settings import MOST_STEPS, Config, OptimizerSettings, callback_settings
 from diffratio.training.sharding import ShardedStrategy
@@ -73,7 +73,7 @@ def check_trainer(cfg: Config) -> None:
             )
 
 
-def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Trainer:
+def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings, resumed: Path | None = None) -> Trainer:
     """Lightning's Trainer with our callbacks."""
     check_trainer(cfg)
     settings, callbacks = dict(cfg["trainer"]), callback_settings(cfg)
@@ -81,6 +81,7 @@ def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Tr
     if optimizer.ema:
         chosen.append(WeightAverage(optimizer.ema))
     chosen += [
+        SameStart(resumed.name if resumed else None),
         Throughput(),
         RatioLog(folder, callbacks.ratios_every),
         RoutingHealth(callbacks.ratios_every),
@@ -105,6 +106,8 @@ def build_trainer(cfg: Config, folder: Path, optimizer: OptimizerSettings) -> Tr
         device = "cpu" if settings["accelerator"] == "cpu" or not torch.cuda.is_available() else "cuda"
         plugins.append(MixedPrecision("bf16-mixed", device))
         del settings["precision"]
+    if isinstance(settings["strategy"], ShardedStrategy):
+        settings["inference_mode"] = False  # the average of sharded weights is put aside, which needs their versions
     # a validation interval beyond the end would never come: validate once, at the end
     settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
     settings["val_check_interval"] *= settings["accumulate_grad_batches"]

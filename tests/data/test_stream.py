@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -179,6 +180,14 @@ def _trainer(folder: Path, steps: int) -> lightning.Trainer:
         max_steps=steps, limit_train_batches=4, default_root_dir=folder, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
+
+
+def test_workers_are_out_of_reach_of_signals_to_the_group() -> None:
+    source = ImageData("fashion_mnist", image_size=32, channels=1, num_classes=10, num_workers=1)
+    batches: Any = iter(source.train_dataloader())
+    next(batches)
+    (worker,) = batches._workers
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
 
 
 def test_lightning_checkpoint_holds_the_position_and_epochs_go_on(source: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_train_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     words = [
         "debug=cpu_compare", f"weights={base}", f"data.source={data}", f"paths.output_dir={out}", "device=cpu",
         "train=true", "train_steps=4", "methods=[mod,fewer_steps]", "n=4", "latency_repeats=0", "reference_n=8",
-        f"train_overrides={[*tiny, f'data.source={data}']}",
+        f"train_overrides={[*tiny, f'data.source={data}', 'trainer.devices=2']}",  # one is what an arm gets
     ]  # fmt: skip
     plan = answer(capsys, *words, "dry_run=true")["plan"]
     assert {row["arm"] for row in plan["arms"] if row["status"] == "to train"} == {"dense_finetuned", "mod"}

@@ -22,6 +22,8 @@ def main(folder: Path, out: Path, breaks: str) -> int:
         light(patch, out)
         if breaks == "loading" and rank == 1:
             patch.setattr(running, "line_up", fail)
+        if breaks == "keeping" and rank == 0:
+            patch.setattr(measuring.Referee, "take_dense", fail)
         if breaks == "writing" and rank == 0:
             patch.setattr(measuring.Referee, "record", fail)
         checkpoints = {name: str(folder / name) for name in ("dense", "tuned", "routed")}

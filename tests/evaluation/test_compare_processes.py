@@ -67,7 +67,12 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("breaks", "codes"), [("loading", [2, 3]), pytest.param("writing", [2, 3], marks=pytest.mark.slow)]
+    ("breaks", "codes"),
+    [
+        ("loading", [2, 3]),
+        ("keeping", [2, 3]),
+        pytest.param("writing", [2, 3], marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_in_one_process_ends_both(tmp_path: Path, breaks: str, codes: list[int]) -> None:
     make_checkpoints(tmp_path)

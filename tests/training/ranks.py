@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets.config
@@ -84,6 +85,13 @@ def _rank(
     code = cli.main(["train", *words])
     handle.flush()
     os._exit(code)
+
+
+def as_on_gpus(rank: int) -> None:
+    """Lightning validates as with NCCL, in inference mode where that is on; with gloo it never does."""
+    from lightning.pytorch.loops import utilities
+
+    utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")  # type: ignore[assignment]
 
 
 def terminate(rank: int, whom: int, step: int, number: int) -> None:

@@ -19,7 +19,7 @@ from tiny_run import checkpoint_of, job
 
 from diffratio.errors import DiffratioError, ReportedElsewhere, RunFailed
 from diffratio.files import read_json
-from diffratio.training.processes import check_alike, check_started, ending_together
+from diffratio.training.processes import SameStart, check_alike, check_started, ending_together
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = ["trainer=ddp", "trainer.devices=2", "data.batch_size=4", "method=mod"]
@@ -80,12 +80,13 @@ def test_a_multirun_of_several_processes_is_refused(data: Path, tmp_path: Path) 
 
 def test_a_failure_leaves_no_process_behind() -> None:
     lasting, ended = (subprocess.Popen([sys.executable, "-c", code]) for code in ("import time; time.sleep(60)", ""))
+    assert ended.wait(60) == 0
     procs = [lasting, ended]
     trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=procs)))
     try:
         with pytest.raises(RunFailed), ending_together(trainer, patience=0.2):
             raise RunFailed("the disk is full")
-        assert lasting.wait(10) != 0 and ended.wait(10) == 0
+        assert lasting.wait(60) != 0
         assert not procs, "Lightning's watch must have nothing to look at"
     finally:
         lasting.kill()
@@ -100,6 +101,19 @@ def test_a_number_of_processes_that_is_not_meant(monkeypatch: pytest.MonkeyPatch
     check_started(SimpleNamespace(num_devices=1, num_nodes=2))
 
 
+def test_processes_that_go_on_from_different_files_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(values: list[Any], own: Any) -> None:
+        assert own == ("last.prev.ckpt", 400)
+        values[:] = [own, ("last.ckpt", 500)]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    trainer: Any = SimpleNamespace(
+        world_size=2, global_rank=0, global_step=400, strategy=SimpleNamespace(launcher=None)
+    )
+    with pytest.raises(RunFailed, match="the state to go on from of process 1 differs .* must see the same paths.out"):
+        SameStart("last.prev.ckpt").on_train_start(trainer, None)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     def gather(values: list[Any], own: Any) -> None:
@@ -108,5 +122,8 @@ def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, rank: 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     trainer: Any = SimpleNamespace(world_size=4, global_rank=rank, strategy=SimpleNamespace(launcher=None))
     kind = ReportedElsewhere if rank else RunFailed
-    with pytest.raises(kind, match="schedule"):
-        check_alike(trainer, "the keep schedule", [[10]])
+    with pytest.raises(kind, match="schedule") as caught:
+        check_alike(trainer, "the keep schedule", [[10]], "nothing is exported")
+    assert rank or str(caught.value) == (
+        "the keep schedule of process 2 differs from that of process 0, so nothing is exported"
+    )

@@ -57,14 +57,14 @@ def assert_same_export(run: Path, whole: Path, weight: float = WEIGHT) -> None:
 
 
 def test_two_processes_train_as_one(data: Path, tmp_path: Path, straight: Straight) -> None:
-    run = run_of(data, tmp_path, *DDP)
+    run = run_of(data, tmp_path, *DDP, hook=("as_on_gpus",))
     assert_same_job(run, straight(1))
     assert checkpoint_of(run)["state_dict"].keys() == checkpoint_of(straight(1))["state_dict"].keys()
 
 
 def test_two_sharded_processes_train_as_one(data: Path, tmp_path: Path, straight: Straight) -> None:
     """The moving average too, which the export holds; the checkpoint is the file that one process writes."""
-    run = run_of(data, tmp_path, *FSDP)
+    run = run_of(data, tmp_path, *FSDP, hook=("as_on_gpus",))
     assert_same_job(run, straight(1))
     own, expected = checkpoint_of(run), checkpoint_of(straight(1))
     assert own["state_dict"].keys() == expected["state_dict"].keys()

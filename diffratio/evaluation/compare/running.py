@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffratio.backbones import backbone_of
 from diffratio.conditions import Captions, Conditions
-from diffratio.errors import DiffratioError
+from diffratio.errors import DiffratioError, ReportedElsewhere
 from diffratio.evaluation.compare.arms import Contender, Lineup, line_up
 from diffratio.evaluation.compare.folder import ComparisonFolder
 from diffratio.evaluation.compare.holes import give_holes_, shown_to, true_pictures
@@ -234,6 +234,8 @@ class _Comparison:
                     self._know(one, seed)
                 else:
                     images = self._sample(one, seed)
+        except ReportedElsewhere:  # the first process ends the comparison
+            raise
         except MISSES as error:
             message = error
             self._write(lambda: failed(self.referee.missing(one, seed, "failed", ""), message))
@@ -256,9 +258,19 @@ class _Comparison:
             if one.failure:
                 raise DiffratioError(one.failure)
             images = self._sample(one, seed)
-            self.team.on_main(lambda: self.referee.take_dense(one, seed, images))
         except MISSES as error:
             raise DiffratioError(f"{prefix}{error}") from None
+        problem = self.team.on_main(lambda: self._taken(one, seed, images))
+        if problem:
+            raise DiffratioError(f"{prefix}{problem}")
+
+    def _taken(self, one: Contender, seed: int, images: Tensor) -> str | None:
+        """What is missed about a dense arm's samples; what ends the comparison is an error, for all processes."""
+        try:
+            self.referee.take_dense(one, seed, images)
+        except MISSES as error:
+            return str(error)
+        return None
 
     def _is_partner(self, one: Contender) -> bool:
         return one is self.lineup.dense or any(other.partner is one for other in self.lineup.contenders)
