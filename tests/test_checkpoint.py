@@ -311,6 +311,7 @@ def test_a_latent_pipeline(tmp_path: Path) -> None:
     from diffusers import AutoencoderKL, DiTPipeline
 
     from diffratio.sampling.schedulers import make_scheduler
+    from diffratio.sampling.vae import identify
 
     load_plain: Any = DiTPipeline.from_pretrained
     vae = AutoencoderKL(
@@ -341,6 +342,13 @@ def test_a_latent_pipeline(tmp_path: Path) -> None:
             plain.set_progress_bar_config(disable=True)
             again = plain([1, 2], generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np")
             assert (again.images == images).all()
+        for dtype in (torch.float16, torch.bfloat16):
+            half = checkpoint.export(
+                transformer, tmp_path / "half", dtype=dtype, card=card, scheduler=scheduler, vae=vae
+            )
+            there = diffratio.load_pipeline(half, device="meta")  # off the CPU: the type that is stored
+            assert there.transformer.dtype == there.vae.dtype == dtype
+            assert identify(diffratio.load_pipeline(half, dtype).vae, "a") == identify(vae, "a")
 
 
 def test_overwrites_its_own_and_nothing_else(folder: Path, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def _pipelines(own: SamplingSettings, device: str) -> tuple[Any, dict[str, Any]]
     dense = load_pipeline(own.weights, device=device)
     if surgery.is_applied(dense.transformer):
         raise DiffratioError(f"weights={own.weights!r} is a routed checkpoint; give the dense one, and this in routed")
-    routed = {source: load_pipeline(source, device=device) for source in own.routed}
+    computing = next(dense.transformer.parameters()).dtype  # off the CPU as stored, which may be another for each
+    routed = {source: load_pipeline(source, computing, device) for source in own.routed}
     for source, pipe in routed.items():
         if not surgery.is_applied(pipe.transformer):
             raise DiffratioError(

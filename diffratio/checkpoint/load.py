@@ -155,7 +155,7 @@ def load_pipeline(
     if parts is not None:
         raise DiffratioError(f"parts={str(parts)!r}: a class-conditional pipeline has no other parts; leave it out")
     own = _download(own) if isinstance(own, str) else own
-    vae = _vae(own, as_dtype(dtype)) if (own / layout.VAE).is_dir() else None
+    vae = _vae(own, next(transformer.parameters()).dtype) if (own / layout.VAE).is_dir() else None
     if vae is not None:
         vae = vae.to(device)
     pipe = build_pipeline(transformer, scheduler, vae, id2label=_names(place))
@@ -371,15 +371,16 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def _vae(folder: Path, dtype: torch.dtype | None) -> Any:
+def _vae(folder: Path, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
+    from diffratio.sampling.vae import cast_
+
     try:
-        return AutoencoderKL.from_pretrained(
-            folder / layout.VAE, local_files_only=True, torch_dtype=dtype or torch.float32
-        ).eval()
+        loaded = AutoencoderKL.from_pretrained(folder / layout.VAE, local_files_only=True, torch_dtype=torch.float32)
     except Exception as error:  # as of transformers
         raise DiffratioError(f"{str(folder / layout.VAE)!r} cannot be loaded: {first_line(error)}") from None
+    return cast_(loaded.eval(), dtype)
 
 
 def _names(folder: Path) -> dict[int, str] | None:

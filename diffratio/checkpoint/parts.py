@@ -15,6 +15,7 @@ from diffratio.checkpoint.bounds import check_scheduler
 from diffratio.conditions.index import read_index
 from diffratio.errors import DiffratioError, first_line
 from diffratio.files import read_json, write_json
+from diffratio.sampling.vae import cast_
 
 _PATHS = ("_name_or_path", "name_or_path")  # where a part came from: a path on the machine that wrote it
 
@@ -103,11 +104,14 @@ def pipeline_around(transformer: nn.Module, folder: Path, parts: Any, device: to
             "along, or name the dense pipeline that has it, load_pipeline(folder, parts=...)"
         )
     dtype = next(transformer.parameters()).dtype
-    options: dict[str, Any] = {"transformer": None, "torch_dtype": dtype, "use_safetensors": True}
+    types = {"default": dtype, layout.VAE: torch.float32}
+    options: dict[str, Any] = {"transformer": None, "torch_dtype": types, "use_safetensors": True}
     try:
         loaded = kind.from_pretrained(parts, local_files_only=True, **options)
     except Exception as error:  # parts of two libraries, whose damaged files raise anything
         raise DiffratioError(f"pipeline {str(parts)!r} cannot be loaded: {first_line(error)}") from None
+    if getattr(loaded, layout.VAE, None) is not None:
+        cast_(loaded.vae, dtype)
     return _made(kind, loaded, transformer, folder).to(device)
 
 

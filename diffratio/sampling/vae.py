@@ -168,8 +168,18 @@ def load_vae(source: str | Path) -> LatentCoder:
     )
 
 
+def cast_(vae: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Sets the computing type of a VAE that was loaded as float32; `identify` knows it afterwards, in bfloat16 too."""
+    if dtype == torch.bfloat16 and hasattr(vae, "config"):
+        vae._diffratio_digest = _digest(vae)  # type: ignore[assignment]
+    return vae.to(dtype)
+
+
 def _digest(vae: nn.Module) -> str:
     """Hash of the weights as float16: the same wherever they lie, in whatever file, loaded as float32 or float16."""
+    noted = getattr(vae, "_diffratio_digest", None)
+    if noted is not None and next(vae.parameters()).dtype == torch.bfloat16:  # which has too few digits
+        return str(noted)
     digest = hashlib.sha256()
     for key, value in sorted(vae.state_dict().items()):
         digest.update(f"{key}:{tuple(value.shape)}".encode())

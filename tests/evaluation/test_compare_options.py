@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from comparing import CARD, DATA, light, make_checkpoints, settings, timeless
 from cost_tables import latency_table
 
@@ -16,7 +17,7 @@ from diffratio import cli, surgery
 from diffratio.backbones import backbone_of
 from diffratio.checkpoint import export, load_transformer
 from diffratio.errors import DiffratioError
-from diffratio.evaluation.compare import compare_from_config, plan_text
+from diffratio.evaluation.compare import CompareSettings, arms, compare_from_config, plan_text
 from diffratio.evaluation.records import Record, read_records
 from diffratio.objectives import get_objective
 from diffratio.sampling.schedulers import make_scheduler
@@ -31,6 +32,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def _light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     light(monkeypatch, tmp_path)
+
+
+def test_all_arms_compute_in_the_type_of_the_base(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off the CPU a checkpoint is loaded in the type that it was stored in: a run's own export is wider than a base."""
+    opened = arms.load_pipeline
+
+    def stored(source: str, dtype: Any = None, *rest: Any, **options: Any) -> Any:
+        return opened(source, dtype or ("bfloat16" if source == checkpoints["dense"] else "float32"), *rest, **options)
+
+    monkeypatch.setattr(arms, "load_pipeline", stored)
+    config = settings(checkpoints, tmp_path, routed=[checkpoints["routed"]], finetuned=checkpoints["tuned"])
+    found = arms.line_up(CompareSettings.from_config(config), "cpu")
+    assert {one.arm.name for one in found.contenders} >= {"dense", "dense_finetuned", "mod", "tome"}
+    assert {one.pipe.transformer.dtype for one in found.contenders} == {torch.bfloat16}
 
 
 def compare(checkpoints: dict[str, str], out: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, Record]]:

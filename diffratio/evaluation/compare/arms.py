@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 
 from diffratio import surgery
@@ -149,6 +150,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     """
     base = _load(settings.weights, "weights", device, settings.parts)
     shared = base if hasattr(base, "text_encoder") else None  # one text encoder and VAE for all arms
+    computing = next(base.transformer.parameters()).dtype  # off the CPU as stored, which may be another for each arm
     run = dense_run(base, settings.steps, settings.guidance_scale)
     objective = _objective(settings.weights) or objective_of(base.scheduler)
     found = [_ready(base, Arm(DENSE, settings.weights, {"name": DENSE}, weights_sha256=_digest(settings.weights)), run)]
@@ -158,7 +160,8 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
         assert source is not None
         _same_objective(source, objective, settings.weights)
         arm = Arm(FINETUNED, source, {"name": DENSE}, True, _steps_of(source), _digest(source))
-        controls.append(_ready(_load(source, "finetuned", device, shared), arm, run, seed=seed, partner=found[0]))
+        pipe = _load(source, "finetuned", device, shared, computing)
+        controls.append(_ready(pipe, arm, run, seed=seed, partner=found[0]))
     found += controls
 
     def control(seed: int | None) -> Contender:
@@ -168,7 +171,7 @@ def line_up(settings: CompareSettings, device: str, trained: Sequence[TrainedArm
     for one in [*routed, *(one for one in trained if one.name != FINETUNED and one.folder)]:
         assert one.folder is not None
         _same_objective(one.folder, objective, settings.weights)
-        routed_arm = _routed(one, device, run, found, control, settings.mapped, shared)
+        routed_arm = _routed(one, device, run, found, control, settings.mapped, shared, computing)
         found.append(routed_arm)
         tops = [(budget, method) for budget in settings.budgets for method in settings.on_routed]
         found += [_on_top(routed_arm, method, budget, run) for budget, method in tops if budget < routed_arm.budget]
@@ -220,11 +223,12 @@ def _routed(
     found: Sequence[Contender],
     control: Any,
     untrained: Sequence[str],
-    parts: Any = None,
+    parts: Any,
+    computing: torch.dtype,
 ) -> Contender:
     source = one.folder
     assert source is not None
-    pipe = load_pipeline(source, device=device, parts=parts)
+    pipe = load_pipeline(source, computing, device, parts)
     if not surgery.is_applied(pipe.transformer):
         raise DiffratioError(f"routed: {source!r} is a dense checkpoint; routed takes what `diffratio export` wrote")
     config = surgery.attachment(pipe.transformer).token_method.config
@@ -341,8 +345,8 @@ def compiled_copy(one: Contender) -> Any:
     return pipe
 
 
-def _load(source: str, key: str, device: str, parts: Any = None) -> Any:
-    pipe = load_pipeline(source, device=device, parts=parts)
+def _load(source: str, key: str, device: str, parts: Any = None, computing: torch.dtype | None = None) -> Any:
+    pipe = load_pipeline(source, computing, device, parts)
     if surgery.is_applied(pipe.transformer):
         raise DiffratioError(
             f"{key}={source!r} is a routed checkpoint; it takes a dense one, and this goes into routed=[...]"
