@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -64,7 +65,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name in the same folder; on success it is synced and renamed to `path`, otherwise removed."""
     path = Path(path)
     writable_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # machines that share a folder may give two processes one number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as handle:
@@ -217,6 +219,26 @@ def open_picture(source: str | Path | IO[bytes]) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(source, formats=_PICTURES)
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """A picture as models see it: upright, 16 bits scaled to 8, transparent pixels white.
+
+    Args:
+        image: an opened picture.
+        mode: PIL's `L` or `RGB`.
+    """
+    from PIL import Image, ImageOps
+
+    if image.getexif():
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # `convert` would clip 16 bits at 255 instead of scaling them
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
 
 
 def sha256(path: str | Path) -> str:

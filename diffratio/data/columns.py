@@ -66,7 +66,9 @@ def check_place(record: Any, row: int, split: str, root: Path | None) -> None:
     path = record.get("path") if isinstance(record, dict) and record.get("bytes") is None else None
     if root is None or path is None:
         return
-    if not os.path.normpath(path).startswith(os.path.join(os.path.abspath(root), "")):
+    # as given, and as `datasets` names it, which follows a link
+    places = [os.path.join(one, "") for one in (os.path.abspath(root), os.path.realpath(root))]
+    if not os.path.normpath(path).startswith(tuple(places)):
         raise DiffratioError(
             f"row {row} of split {split!r} holds no picture but the name of one outside of {str(root)!r} "
             f"({shortened(path)}); store the picture in the row, or put it into that folder"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffratio.files import open_picture
+from diffratio.files import in_mode, open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,7 @@ def decode(record: dict[str, Any], *, size: Size, channels: int, pad: bool) -> N
         Exception: whatever the decoder raises on a picture that is damaged.
     """
     with _opened(record) as opened:
-        image = _in_mode(opened, "L" if channels == 1 else "RGB")
+        image = in_mode(opened, "L" if channels == 1 else "RGB")
     height, width = (size, size) if isinstance(size, int) else size
     pixels = np.asarray(_to_size(image, (width, height), pad), dtype=np.uint8)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
@@ -53,20 +53,6 @@ def _opened(record: dict[str, Any]) -> Image.Image:
     if record is None or (record["bytes"] is None and record["path"] is None):
         raise ValueError("the row holds no image")
     return open_picture(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"]))
-
-
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    if image.getexif():
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # `convert` would clip 16 bits at 255 instead of scaling them
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert(mode)
 
 
 def _to_size(image: Image.Image, size: tuple[int, int], pad: bool) -> Image.Image:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffratio.errors import DiffratioError
-from diffratio.files import open_picture
+from diffratio.files import in_mode, open_picture
 from diffratio.inpainting.holes import SHAPES, hole
 from diffratio.inpainting.settings import InpaintSettings
 
@@ -109,7 +109,7 @@ def read_mask(path: Path, size: int) -> NDArray[np.bool_]:
     """
     try:
         with open_picture(path) as picture:
-            grey = np.asarray(picture.convert("L"))
+            grey = np.asarray(in_mode(picture, "L"))
     except Exception as error:  # damaged files raise anything from OSError to SyntaxError
         raise DiffratioError(f"mask {str(path)!r} cannot be read ({error}); give a PNG, white = hole") from None
     height, width = grey.shape

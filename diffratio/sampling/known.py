@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffratio.backbones.widening import image_channels, inpaints
 from diffratio.errors import DiffratioError
-from diffratio.files import open_picture
+from diffratio.files import in_mode, open_picture
 from diffratio.inpainting import Known
 
 
@@ -76,7 +76,7 @@ def _of_picture(name: str, picture: Any, channels: int) -> Tensor:
     if not isinstance(picture, Image.Image):
         raise DiffratioError(f"{name} must be a tensor or PIL pictures, got {type(picture).__name__}")
     grey = channels == 1
-    array = torch.from_numpy(np.array(picture.convert("L" if grey else "RGB")))
+    array = torch.from_numpy(np.array(in_mode(picture, "L" if grey else "RGB")))
     pixels = array[None] if grey else array.permute(2, 0, 1)  # (C, H, W)
     return (pixels >= 128).float() if name == "mask" else pixels.float() / 127.5 - 1
 
@@ -87,17 +87,19 @@ def triples(known: Known, samples: Tensor) -> Tensor:
 
 
 def read_pictures(paths: Sequence[str]) -> list[Any]:
-    """PIL pictures of files.
+    """PIL pictures of files, upright.
 
     Raises:
         DiffratioError: one cannot be read; names it.
     """
+    from PIL import ImageOps
+
     found = []
     for path in paths:
         try:
             with open_picture(path) as picture:
                 picture.load()
-                found.append(picture)
+                found.append(ImageOps.exif_transpose(picture))
         except Exception as error:  # damaged files raise anything from OSError to SyntaxError
             raise DiffratioError(f"picture {path!r} cannot be read ({error}); give a PNG or JPEG") from None
     return found

@@ -21,7 +21,7 @@ def sees_holes_(transformer: nn.Module, cfg: Mapping[str, Any], settings: Inpain
         settings: of inpainting; None for a job without.
 
     Raises:
-        DiffratioError: an inpainting model without masks, or new input channels that the job would not train.
+        DiffratioError: an inpainting model without masks, or new input channels that the job would not train or teach.
     """
     source = cfg["backbone"]["source"]
     if settings is None:
@@ -42,5 +42,11 @@ def sees_holes_(transformer: nn.Module, cfg: Mapping[str, Any], settings: Inpain
         raise DiffratioError(
             "inpaint gives the patch embedding new channels, which optimizer.weights=none does not train; set "
             "optimizer.weights=all, or take an inpainting model as backbone.source"
+        )
+    if cfg["objective"]["distill"]:
+        raise DiffratioError(
+            f"objective.distill={cfg['objective']['distill']:g} has the base for its teacher, which does not see the "
+            "new channels of inpaint and would teach to ignore them; set objective.distill=0, or take an inpainting "
+            "model as backbone.source"
         )
     return widen_(transformer, 2 * image_channels(transformer) + 1)

@@ -77,6 +77,13 @@ def test_folder_of_pictures_holds_out_a_part(picture_folder: Path) -> None:
     assert not torch.equal(other, validation)
 
 
+def test_a_link_to_a_folder_of_pictures(picture_folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(picture_folder)
+    found, own = (build(one, channels=3, num_classes=2).held_out(1)[0] for one in (link, picture_folder))
+    assert torch.equal(found, own)
+
+
 def test_folder_with_splits(picture_folder: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         for name in ("cat", "dog"):

@@ -14,13 +14,16 @@ from PIL import Image
 
 import diffratio
 from diffratio import cli
-from diffratio.backbones.widening import inpaints
+from diffratio.backbones import get_backbone
+from diffratio.backbones.widening import inpaints, widen_
+from diffratio.data.decode import decode
 from diffratio.errors import DiffratioError
 from diffratio.evaluation.compare import running
 from diffratio.inpainting import InpaintSettings, Known, Masks
 from diffratio.objectives import FlowMatching, NoisePrediction
 from diffratio.objectives.validation import part_losses, region_losses
 from diffratio.sampling.generate import generate
+from diffratio.sampling.known import known_of, read_pictures
 from diffratio.training.build import build_data, build_module
 from diffratio.training.run import compose, export_run, plain_config, train
 from tests.captioned import MODEL, captioned_parquet, tiny_encoder
@@ -188,6 +191,23 @@ def test_pictures_of_pil_are_the_same_as_tensors(filling: Path) -> None:
     assert torch.equal(found, pipe(["red bar", "a"], image=picture, mask=hole, **common).images)
 
 
+def test_pictures_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    """Transparent pixels are white, and what a camera has turned is upright."""
+    array = np.random.default_rng(0).integers(0, 256, (4, 6, 4), dtype=np.uint8)
+    array[..., 3] = 255 * (array[..., 3] > 127)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(array).save(tmp_path / "a.png", exif=turned)
+    (picture,) = read_pictures([str(tmp_path / "a.png")])
+    assert picture.size == (4, 6)
+    read = decode({"bytes": None, "path": str(tmp_path / "a.png")}, size=(6, 4), channels=3, pad=False)
+    assert (read == 255).all(0).any()
+    transformer = widen_(get_backbone("dit").tiny(in_channels=3, out_channels=3), 7)
+    known = known_of(transformer, picture, torch.ones(1, 1, 6, 4), 1)
+    assert known is not None
+    torch.testing.assert_close(known.images[0], torch.from_numpy(read).float() / 127.5 - 1)
+
+
 def test_a_routed_checkpoint_fills_holes_alone_as_in_a_batch(routed: Path) -> None:
     pipe: Any = diffratio.load_pipeline(routed)
     assert all(block.router.hole.item() != 0 for block in pipe.transformer.transformer_blocks)  # it has learned
@@ -281,6 +301,10 @@ def test_pipelines_refuse_what_does_not_fit(filling: Path, plain: Path) -> None:
         (["inpaint=none", "backbone.source=FILLING"], "is an inpainting model: .*set inpaint=default"),
         (["lora=default", "backbone.source=PLAIN"], "LoRA leaves as they are; set lora=none"),
         (["optimizer.weights=none", "method=mod", "backbone.source=PLAIN"], "optimizer.weights=none does not train"),
+        (
+            ["objective.distill=1", "method=mod", "backbone.source=PLAIN"],
+            "set objective.distill=0, or take an inpainting",
+        ),
         (["inpaint.mask=circles"], "mask 'circles' is no PNG"),
         (["inpaint.shares=[0.1,0.2]"], "shares"),
     ],
