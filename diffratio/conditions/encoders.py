@@ -114,24 +114,27 @@ def text_encoder(name: str, tokens: int, device: torch.device | str = "cpu") -> 
         )
     source = str(folder) if local else name
     options = {"trust_remote_code": False, **({"local_files_only": True} if local else {})}
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
+    kinds: dict[str, Any] = {"t5": T5EncoderModel, "clip": CLIPTextModel, "clip_text_model": CLIPTextModel}
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(source, **parts[ENCODER], **options)
-            kind: Any = T5EncoderModel if config.model_type == "t5" else AutoModel
             tokenizer = AutoTokenizer.from_pretrained(source, **parts[TOKENIZER], **options)
+            kind = kinds.get(config.model_type, AutoModel)
             model = kind.from_pretrained(source, use_safetensors=True, **parts[ENCODER], **options)
+            model = model.get_encoder() if config.is_encoder_decoder and kind is AutoModel else model
+            own = model.config
+            width = int(own.hidden_size if hasattr(own, "hidden_size") else own.d_model)
     except Exception as error:  # damaged files of several formats raise anything
         raise DiffratioError(
             f"text encoder {name!r} cannot be loaded ({first_line(error, 200)}); give {', '.join(PACKAGED)}, a folder "
             "that transformers reads, or connect to the network for a hub id"
         ) from None
-    most = min(int(tokenizer.model_max_length), int(getattr(config, "max_position_embeddings", 1 << 30)))
+    most = min(int(tokenizer.model_max_length), int(getattr(own, "max_position_embeddings", 1 << 30)))
     if tokens > most:
         raise DiffratioError(f"text encoder {name!r} takes at most {most} tokens, asked for {tokens}")
     revision = weights_revision(folder) if local else str(getattr(config, "_commit_hash", None) or "main")
-    width = int(config.hidden_size if hasattr(config, "hidden_size") else config.d_model)
     identity = EncoderId(name, revision, tokens, width)
     return TextEncoder(identity, tokenizer, model.eval().requires_grad_(False).to(device))
 

@@ -171,7 +171,9 @@ def generate(
         raise failure
     if problems or mine is None:
         raise DiffratioError(f"sampling failed in another process ({' '.join(problems[0].split())})")
-    return gather(mine.to(state.device))[:n].cpu()
+    # a batch at a time: all pictures of all processes may be more than an accelerator holds
+    parts = [gather(part.to(state.device)).cpu() for part in mine.split(batch_size)]
+    return torch.cat([part.unflatten(0, (state.num_processes, -1)) for part in parts], dim=1).flatten(0, 1)[:n]
 
 
 def _share(
@@ -244,8 +246,10 @@ def _batch(
             f"{type(pipe.scheduler).__name__} draws noise at each step, and diffusers' DiTPipeline draws it from the "
             "global generator, so that samples would depend on their batch: choose sampler ddim or dpm_solver"
         )
+    from diffratio.sampling.pipeline import label_ids
+
     # It takes no latents, but draws them sample by sample from these: the same as initial_noise in float32.
-    numbers = [pipe.get_label_ids([label])[0] if isinstance(label, str) else label for label in labels]
+    numbers = label_ids(labels, pipe.labels, int(pipe.transformer.config.num_embeds_ada_norm))
     return pipe(numbers, generator=[sample_generator(seed, index) for index in indices], **common).images
 
 

@@ -24,6 +24,36 @@ from diffratio.sampling.schedulers import is_flow, model_timesteps, set_steps, t
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
+def label_ids(labels: Sequence[int | str], named: Mapping[str, int], null: int) -> list[int]:
+    """Class numbers of class names and numbers.
+
+    Args:
+        labels: of `named`, or numbers from 0 to the null label.
+        named: number of every class name; may be empty.
+        null: the null label, which is as many as there are classes.
+
+    Raises:
+        DiffratioError: an unknown name, or a number out of range.
+    """
+    return [_label_id(label, named, null) for label in labels]
+
+
+def _label_id(label: int | str, named: Mapping[str, int], null: int) -> int:
+    if isinstance(label, str):
+        if label in named:
+            return named[label]
+        if not named:
+            raise DiffratioError(f"class {label!r}: this pipeline has no class names; give numbers 0 to {null - 1}")
+        raise unknown("class", label, named)
+    try:
+        number = operator.index(label)
+    except TypeError:
+        raise DiffratioError(f"class labels are numbers or names, got {label!r}") from None
+    if not 0 <= number <= null:
+        raise DiffratioError(f"class {number} is out of range: give 0 to {null - 1} ({null} is no class)")
+    return number
+
+
 class PixelPipeline(DiffusionPipeline):
     """The loop of pipelines whose transformer works on pixels.
 
@@ -264,23 +294,7 @@ class PixelDiTPipeline(PixelPipeline):
         Raises:
             DiffratioError: an unknown name, or a number out of range.
         """
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: int | str) -> int:
-        null = self.transformer.config.num_embeds_ada_norm
-        if isinstance(label, str):
-            if label in self.labels:
-                return self.labels[label]
-            if not self.labels:
-                raise DiffratioError(f"class {label!r}: this pipeline has no class names; give numbers 0 to {null - 1}")
-            raise unknown("class", label, self.labels)
-        try:
-            number = operator.index(label)
-        except TypeError:
-            raise DiffratioError(f"class labels are numbers or names, got {label!r}") from None
-        if not 0 <= number <= null:
-            raise DiffratioError(f"class {number} is out of range: give 0 to {null - 1} ({null} is no class)")
-        return number
+        return label_ids(labels, self.labels, self.transformer.config.num_embeds_ada_norm)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffratio.backbones import backbone_of
+from diffratio.backbones import Backbone, backbone_of
 from diffratio.errors import DiffratioError, shortened, unknown
 from diffratio.surgery.state import attachment, is_applied
 
@@ -71,14 +71,15 @@ def lora_targets(transformer: nn.Module, targets: tuple[str, ...] = LoraSettings
         DiffratioError: a target that the backbone does not have, or one without a linear layer.
     """
     backbone = backbone_of(transformer)
-    paths = {_BLOCK: [""], **{site: [path] for site, path in backbone.sites.items()}}
-    paths[_ATTENTION] = [path for site, path in backbone.sites.items() if site.endswith(_ATTENTION)]
+    sites = {site: [site] for site in backbone.sites}
+    sites |= {_BLOCK: [], _ATTENTION: [site for site in backbone.sites if site.endswith(_ATTENTION)]}
     names = {id(module): name for name, module in transformer.named_modules()}
     found: dict[str, None] = {}
     for target in targets:
-        if target not in paths:
-            raise unknown(f"lora target of backbone {backbone.name}", target, paths)
-        modules = [module for block in backbone.blocks(transformer) for module in _at(block, paths[target])]
+        if target not in sites:
+            raise unknown(f"lora target of backbone {backbone.name}", target, sites)
+        blocks = backbone.blocks(transformer)
+        modules = [module for block in blocks for module in _at(backbone, block, sites[target])]
         linear = [names[id(one)] for module in modules for one in module.modules() if isinstance(one, nn.Linear)]
         if not linear:
             raise DiffratioError(f"lora target {target!r} holds no linear layer in backbone {backbone.name}")
@@ -86,10 +87,13 @@ def lora_targets(transformer: nn.Module, targets: tuple[str, ...] = LoraSettings
     return list(found)
 
 
-def _at(block: nn.Module, paths: list[str]) -> Iterator[nn.Module]:
-    for path in paths:
+def _at(backbone: Backbone, block: nn.Module, sites: list[str]) -> Iterator[nn.Module]:
+    """The submodules of a block that sites stand for; without sites the block."""
+    if not sites:
+        yield block
+    for site in sites:
         try:
-            yield block.get_submodule(path)
+            yield from backbone.site_modules(block, site)
         except AttributeError:  # blocks of several kinds: not every site is in every one
             continue
 

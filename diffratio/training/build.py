@@ -17,7 +17,7 @@ from diffratio.backbones.widening import image_channels
 from diffratio.checkpoint import load_skeleton, load_transformer, read_card, resolve, text_of
 from diffratio.conditions import Captions
 from diffratio.cost.macs import CostTable, Description, macs_table, ratio_table
-from diffratio.cost.run import Guidance, SamplingRun
+from diffratio.cost.run import SamplingRun
 from diffratio.cost.table import LatencyTable, load_cost_table
 from diffratio.data import open_data
 from diffratio.data.images import ImageData
@@ -28,7 +28,7 @@ from diffratio.methods.base import MethodConfig, config_from_json, get_method, m
 from diffratio.objectives import Objective, get_objective
 from diffratio.plain import switches, typed
 from diffratio.routing.schedule import KeepSchedule
-from diffratio.sampling.schedulers import noise_levels, set_steps
+from diffratio.sampling.schedulers import noise_levels, objective_of, set_steps
 from diffratio.training.inpaint import sees_holes_
 from diffratio.training.latents import base_scheduler, check_latents, own_scheduler
 from diffratio.training.lora import base_weights
@@ -216,15 +216,22 @@ def described(transformer: nn.Module, cfg: Config) -> Description:
 def budget_run(cfg: Config, transformer: nn.Module, budget: BudgetSettings) -> SamplingRun:
     """The sampling run that a budget counts.
 
-    The default sampler of `flow_sample` visits 0.999 of the even levels: at an edge that is another region.
+    Its levels are those of the sampler that the checkpoint will have: some visit 0.999 of the even levels, and at an
+    edge that is another region.
     """
-    guidance: Guidance = "cfg" if budget.guidance else "none"
-    run, objective = backbone_of(transformer).default_run(transformer, budget.steps, guidance), cfg["objective"]["name"]
-    if objective != "flow_sample":
+    backbone, objective = backbone_of(transformer), cfg["objective"]["name"]
+    run = backbone.default_run(transformer, budget.steps, "cfg" if budget.guidance else "none")
+    if objective == "flow":
         return run
-    scheduler = own_scheduler(transformer, objective)
+    scheduler = None
+    if objective == "noise" and backbone.condition == "text":
+        scheduler = base_scheduler(cfg["backbone"]["source"])
+    if scheduler is None or objective_of(scheduler) != objective:
+        scheduler = own_scheduler(transformer, objective)
     set_steps(scheduler, budget.steps)
-    return dataclasses.replace(run, noise_levels=noise_levels(scheduler))
+    levels = noise_levels(scheduler)
+    # some samplers of second order evaluate more often than they are asked to
+    return dataclasses.replace(run, noise_levels=levels) if len(levels) == budget.steps else run
 
 
 def budget_table(transformer: nn.Module, budget: BudgetSettings, run: SamplingRun) -> LatencyTable | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,35 @@ def test_encoders_that_cannot_be_had_say_so(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DiffratioError, match=message):
         text_encoder(str(encoder_folder) if name == "ENCODER" else name, tokens)
+
+
+@pytest.mark.parametrize("kind", ["umt5", "bart", "clip"])
+def test_only_the_text_encoder_of_a_larger_model_is_used(kind: str, encoder_folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    common = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    config: Any = {
+        "umt5": lambda: transformers.UMT5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, **common),
+        "bart": lambda: transformers.BartConfig(
+            d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, decoder_start_token_id=2, **common
+        ),
+        "clip": lambda: transformers.CLIPConfig(
+            text_config={**common, **layers}, vision_config={**layers, "image_size": 8, "patch_size": 4}
+        ),
+    }[kind]()  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModel.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path)
+    encoder = text_encoder(str(tmp_path), 6)
+    states, mask = encoder.encode(["red bar"])
+    part = model.text_model if kind == "clip" else model.get_encoder()
+    given = encoder.tokenizer(["red bar"], return_tensors="pt")
+    expected = part(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
+    assert encoder.identity.width == 16
+    torch.testing.assert_close(states[:, : int(mask.sum())], expected.detach(), atol=1e-6, rtol=0)
 
 
 def test_the_packaged_encoder_reads_the_embedded_captions() -> None:

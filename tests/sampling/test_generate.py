@@ -125,6 +125,9 @@ def test_latent_models_sample_independently_of_their_batch(tiny_dit: Any) -> Non
     assert together.shape == (3, 3, 8, 8)
     alone = generate(pipe, 1, start=2, steps=3, labels=[3], quiet=True)
     torch.testing.assert_close(alone[0], together[2], atol=1e-5, rtol=0)
+    for wrong, says in (([1001], "class 1001 is out of range: give 0 to 999"), (["cod"], "unknown class 'cod'")):
+        with pytest.raises(DiffratioError, match=says):
+            generate(pipe, 1, steps=1, labels=wrong, quiet=True)
     stochastic = make_scheduler("dpm_solver", "noise", algorithm_type="sde-dpmsolver++")
     for scheduler in (make_scheduler("ddpm", "noise"), stochastic):
         with pytest.raises(DiffratioError, match="choose sampler ddim or dpm_solver"):
@@ -169,7 +172,7 @@ def test_shares_are_equal_and_in_index_order(n: int, dit: Any, monkeypatch: pyte
 
     def gather(mine: torch.Tensor) -> torch.Tensor:
         shares.append(mine)
-        return torch.cat(shares)
+        return torch.cat([*shares, *[mine] * (3 - len(shares))])
 
     monkeypatch.setattr("accelerate.utils.gather", gather)
     for rank in range(3):

@@ -58,6 +58,11 @@ def test_targets_are_found_through_the_sites(name: str) -> None:
     )
 
 
+def test_the_second_attention_of_sd35_is_attention() -> None:
+    second = get_backbone("sd3").tiny(dual_attention_layers=[0])
+    assert {one.split(".")[2] for one in lora_targets(second, ("attention",))} == {"attn", "attn2"}
+
+
 def test_blocks_without_a_site_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some families have blocks of several kinds."""
     backbone = get_backbone("dit")

@@ -151,7 +151,7 @@ def test_a_schedule_of_other_alignment_is_refused(data: Path, tmp_path: Path, ta
         train_tiny(data, tmp_path / "run", *words(table, f"+method.schedule={given}"))
 
 
-@pytest.mark.parametrize("objective", ["flow", "flow_sample"])
+@pytest.mark.parametrize("objective", ["flow", "flow_sample", "noise"])
 def test_a_budget_counts_the_regions_that_the_default_sampler_visits(objective: str) -> None:
     """Of 20 steps, some stand on the edge of a region for one sampler and below it for another."""
     transformer = get_backbone("dit").tiny()
