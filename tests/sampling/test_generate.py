@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from pairs import exit_codes
 
-import diffratio
 from diffratio.errors import DiffratioError
 from diffratio.sampling.generate import (
     _mix,
@@ -187,23 +183,7 @@ def test_shares_are_equal_and_in_index_order(n: int, dit: Any, monkeypatch: pyte
 def test_two_processes_give_every_one_the_whole_result(dit: Any, tmp_path: Path) -> None:
     pipe = build_pipeline(dit, make_scheduler("ddpm", "noise", beta_end=0.001))
     pipe.save_pretrained(tmp_path / "pipe")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    root = Path(diffratio.__file__).parents[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(root)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    assert exit_codes(PROCESS, str(tmp_path)) == [0, 0]
     expected = generate(pipe, 5, seed=1, steps=3, quiet=True)
     for rank in range(2):
         out, alone = torch.load(tmp_path / f"{rank}.pt")
