@@ -305,7 +305,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from diffratio.training.build import build_data, build_module
     from diffratio.training.callbacks import WeightAverage
     from diffratio.training.latency import keep_table, with_own_table
-    from diffratio.training.processes import APART, check_alike, ending_together, under_srun
+    from diffratio.training.processes import APART, check_alike, ending_together, release, under_srun
     from diffratio.training.saving import LAST, present, read_resumable, resumable
     from diffratio.training.trainer import build_trainer
 
@@ -353,6 +353,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             if not module.sharded:
                 module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             module.freeze_schedule(trainer.global_step)
+        release(trainer)  # from here on a process may end with a code of its own
         check_alike(trainer, "the keep schedule", getattr(module.method, "bins", None), APART)
         trainer.save_checkpoint(folder / "checkpoints" / LAST, weights_only=False)
     seconds = time.perf_counter() - started
