@@ -170,7 +170,7 @@ def load_vae(source: str | Path) -> LatentCoder:
 
 def cast_(vae: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Sets the computing type of a VAE that was loaded as float32; `identify` knows it afterwards, in bfloat16 too."""
-    if dtype == torch.bfloat16 and hasattr(vae, "config"):
+    if dtype == torch.bfloat16:
         vae._diffratio_digest = _digest(vae)  # type: ignore[assignment]
     return vae.to(dtype)
 

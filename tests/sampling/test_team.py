@@ -12,7 +12,8 @@ PROCESS = """
 import atexit, os, pathlib
 def gone():
     names = [task.joinpath("comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
-    os._exit(9 if any("gloo" in name for name in names) else 0)
+    if any("gloo" in name for name in names):
+        os._exit(9)
 atexit.register(gone)
 from diffratio.sampling.processes import Team
 team = Team()
